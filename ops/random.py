@@ -1,0 +1,30 @@
+"""Counter-based random numbers: number i of a stream depends on (seed, key, i) alone.
+
+So a mask is the same for every thread count, chunk size and engine. Philox 4x64 (Salmon et al. 2011) as numpy ships it.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+
+from surgery.ops.statistics import Array
+
+_PER_BLOCK = 8  # 32-bit numbers made by one step of the counter
+
+
+def bits32(seed: int, key: str, start: int, count: int) -> Array:
+    """Numbers `start` to `start + count` of the stream (seed, key): uint32, uniform."""
+    digest = blake2b(f"{seed}|{key}".encode(), digest_size=16).digest()
+    first, skip = divmod(start, _PER_BLOCK)
+    generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
+    words = generator.random_raw((skip + count + 1) // 2)
+    return words.view(np.uint32)[skip : skip + count]
+
+
+def bernoulli(density: float, seed: int, key: str, start: int, count: int) -> Array:
+    """True with probability `density` (to 2**-32), for elements `start` to `start + count`."""
+    if density >= 1.0:
+        return np.ones(count, dtype=bool)
+    return bits32(seed, key, start, count) < np.uint32(min(round(density * 2**32), 2**32 - 1))

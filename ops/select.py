@@ -1,0 +1,144 @@
+"""The k largest magnitudes of a tensor, or of a whole model, exactly, without sorting it or holding it.
+
+A sample brackets the threshold; one pass counts what lies above the bracket and gathers what lies inside; selection inside
+the bracket is exact. Where a single value is frequent (bfloat16 deltas have few distinct values) the bracket is that value
+and nothing is gathered. A bracket that turns out to miss is widened and the pass repeated, so the result never depends on
+the sample.
+
+Tie rule: exactly k elements are kept; among equal magnitudes the one with the lower position is (tensor order, then flat
+index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from surgery.ops.statistics import Array, At
+
+_WHOLE = 1 << 20  # below this many elements everything is gathered at once: no sample needed
+
+
+class Cut(NamedTuple):
+    """Keep magnitudes above `threshold`, and the first `ties` of those equal to it within the piece that starts at `start`
+    of tensor `part`; equal ones in earlier pieces are kept, in later ones dropped. everything: nothing is cut."""
+
+    threshold: float
+    part: int
+    start: int
+    ties: int
+    everything: bool = False
+
+
+class _Bracket:
+    """The search for one input's threshold."""
+
+    def __init__(self, keep: int, total: int) -> None:
+        self.keep, self.total = keep, total
+        self.low, self.high = 0.0, np.inf  # the threshold lies in [low, high)
+        self.sample: Array | None = None
+        self.half = 0.0
+        self.cut: Cut | None = Cut(0.0, 0, 0, 0, everything=True) if keep >= total else None
+
+    def aim(self) -> None:
+        """Set [low, high) from the sample: `half` quantiles to each side, or a single frequent value."""
+        assert self.sample is not None
+        middle = 1.0 - self.keep / self.total
+        if self.half >= 0.5:
+            self.low, self.high = 0.0, np.inf
+            return
+        low, value, high = np.quantile(
+            self.sample, [max(0.0, middle - self.half), middle, min(1.0, middle + self.half)], method="nearest"
+        )
+        value = self.sample.dtype.type(value)
+        if np.count_nonzero(self.sample == value) > 4 * self.half * len(self.sample):
+            self.low, self.high = float(value), float(np.nextafter(value, self.sample.dtype.type(np.inf)))
+        else:
+            self.low = float(low) if middle > self.half else 0.0
+            self.high = float(np.nextafter(self.sample.dtype.type(high), self.sample.dtype.type(np.inf)))
+            self.high = self.high if middle + self.half < 1.0 else np.inf
+
+    @property
+    def single(self) -> bool:
+        return bool(np.nextafter(np.float32(self.low), np.float32(np.inf)) >= self.high)
+
+
+class TopK:
+    """Statistic: for each input, the cut that keeps its `int(density * n)` (at least 1) largest magnitudes."""
+
+    def __init__(self, densities: Sequence[float], sizes: Sequence[int]) -> None:
+        total = sum(sizes)
+        self._brackets = [_Bracket(min(total, max(1, int(d * total))) if total else 0, total) for d in densities]
+        self.sampled = total > _WHOLE
+
+    def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
+        return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
+
+    def _look(self, x: Array, bracket: _Bracket) -> Any:
+        if bracket.cut is not None:
+            return None
+        magnitude = np.abs(x)
+        if self.sampled:
+            return magnitude
+        if bracket.low == 0.0 and bracket.high == np.inf:
+            return 0, magnitude
+        dtype = magnitude.dtype.type
+        from_low = magnitude >= dtype(bracket.low)
+        above = magnitude >= dtype(bracket.high)
+        n_above = int(np.count_nonzero(above))
+        if bracket.single:
+            return n_above, int(np.count_nonzero(from_low)) - n_above
+        np.not_equal(from_low, above, out=from_low)
+        return n_above, magnitude[np.flatnonzero(from_low)]
+
+    def conclude(self, seen: list[tuple[At, Any]]) -> bool:
+        for i, bracket in enumerate(self._brackets):
+            if bracket.cut is None:
+                pieces = [(at, look[i]) for at, look in seen]
+                if self.sampled:
+                    bracket.sample = np.concatenate([p for _, p in pieces])
+                    bracket.half = max(0.002, 4.0 * _spread([p for _, p in pieces], bracket))
+                    bracket.aim()
+                else:
+                    _narrow(bracket, pieces)
+        done = not self.sampled and all(b.cut is not None for b in self._brackets)
+        self.sampled = False
+        return done
+
+    def result(self, part: int) -> list[Cut]:
+        return [b.cut for b in self._brackets if b.cut is not None]
+
+
+def _spread(windows: list[Array], bracket: _Bracket) -> float:
+    """Standard error of the sampled quantile's rank, from how much windows disagree (rows differ in scale)."""
+    middle = np.quantile(np.concatenate(windows), 1.0 - bracket.keep / bracket.total, method="nearest")
+    shares = np.array([np.mean(w > middle) for w in windows if len(w)])
+    return float(shares.std() / np.sqrt(len(shares)))
+
+
+def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
+    """Find the exact cut if it lies inside the bracket; otherwise widen the bracket for another pass."""
+    above = sum(n for _, (n, _) in pieces)
+    inside = sum(v if isinstance(v, int) else len(v) for _, (_, v) in pieces)
+    wanted = bracket.keep - above  # how many of those inside the bracket are kept
+    if not 0 < wanted <= inside:
+        bracket.half = min(0.5, max(0.002, bracket.half) * 8)
+        bracket.aim()
+        return
+    if isinstance(pieces[0][1][1], int):
+        threshold, ties = bracket.low, wanted
+        equal = [v for _, (_, v) in pieces]
+    else:
+        values = np.concatenate([v for _, (_, v) in pieces])
+        values.partition(len(values) - wanted)
+        threshold = float(values[len(values) - wanted])
+        ties = wanted - int(np.count_nonzero(values > threshold))
+        equal = [int(np.count_nonzero(v == threshold)) for _, (_, v) in pieces]
+    for (at, _), count in zip(pieces, equal, strict=True):
+        if ties <= count:
+            bracket.cut = Cut(threshold, at.part, at.start, ties)
+            return
+        ties -= count
+    raise AssertionError("a cut lies inside its bracket")

@@ -1,0 +1,37 @@
+"""A model-merging and weight-surgery workbench: plan first, then stream in bounded memory."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from surgery import ops
+    from surgery.errors import Failed, Refused, SurgeryError
+    from surgery.api import Checkpoint, open
+    from surgery.recipe import load
+
+_HOME = {
+    "Checkpoint": "surgery.api",
+    "open": "surgery.api",
+    "load": "surgery.recipe",
+    "Refused": "surgery.errors",
+    "Failed": "surgery.errors",
+    "SurgeryError": "surgery.errors",
+}
+__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "load", "open", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `import surgery` costs nothing.
+    if name == "ops":
+        return importlib.import_module("surgery.ops")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,135 @@
+"""Finding the weight files of a checkpoint: one file, a directory, shards behind an index, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from surgery.errors import Refused
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+
+
+class Located(NamedTuple):
+    """Where a checkpoint's files are. `wanted` maps tensor -> file name when an index says so."""
+
+    directory: Path | None  # with config and tokenizer; None for a bare file without neighbours
+    weights: list[Path]
+    wanted: dict[str, str] | None
+    revision: str | None
+
+
+def locate(source: str) -> Located:
+    """Resolve what the user wrote. Raises Refused with what was looked for."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        return _directory(path, None)
+    name, _, revision = source.partition("@")
+    local = Path(name).expanduser()
+    if revision and local.exists():
+        raise Refused(f"{source}: `@{revision}` names a hub revision, but {name} is a local path")
+    if _HUB_ID.match(name):
+        return _hub(name, revision or None)
+    raise Refused(f"{source}: no such file or directory", hint="give a path, or a hub id such as org/name@revision")
+
+
+def _file(path: Path) -> Located:
+    if path.name.endswith(".index.json"):
+        return Located(path.parent, *_indexed(path), None)
+    if path.suffix == ".safetensors" or path.suffix in PICKLED:
+        return Located(path.parent, [path], None, None)
+    raise Refused(f"{path}: not a weight file", hint=f"known endings: .safetensors, {', '.join(PICKLED)}, .index.json")
+
+
+def _directory(path: Path, revision: str | None) -> Located:
+    for single, index, pattern in (
+        ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin"),
+    ):
+        has_single, has_index = (path / single).is_file(), (path / index).is_file()
+        if has_single and has_index:
+            raise Refused(
+                f"{path}: holds both {single} and {index}; which one is the model cannot be known",
+                hint=f"remove the stale one, or name the file itself: {path / index}",
+            )
+        if has_index:
+            return Located(path, *_indexed(path / index), revision)
+        if has_single:
+            return Located(path, [path / single], None, revision)
+        found = sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("training_args"))
+        if len(found) == 1 and found[0].name.startswith("adapter_model"):
+            raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="merge it into its base first")
+        if len(found) == 1:
+            return Located(path, found, None, revision)
+        if found:
+            names = ", ".join(f.name for f in found[:4])
+            raise Refused(
+                f"{path}: {len(found)} weight files ({names}, …) and no {index} to say how they belong together",
+                hint="name one file, or restore the index",
+            )
+    other = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    raise Refused(f"{path}: no weights in it (found {other})", hint="expected *.safetensors or pytorch_model*.bin")
+
+
+def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        wanted = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = list(dict.fromkeys(wanted.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused(f"{index}: not an index file (needs a `weight_map` of tensor -> file)") from None
+    for name in names:
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise Refused(f"{index}: points outside its directory: {name!r}", hint="do not use this checkpoint")
+        if not (index.parent / name).is_file():
+            raise Refused(f"{index.parent / name}: missing; the index names it", hint="the download is not complete")
+    return [index.parent / name for name in names], wanted
+
+
+def _hub(repo: str, revision: str | None) -> Located:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        kinds = _weights_on_hub(repo, revision)
+        path = snapshot_download(repo, revision=revision, allow_patterns=[*kinds, *_SIDECARS])
+    except RepositoryNotFoundError:
+        raise Refused(f"{repo}: no such path here and no such model on the hub", hint="private? run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise Refused(f"{repo}@{revision}: the hub knows the model but not this revision") from None
+    except LocalEntryNotFoundError:
+        raise Refused(
+            f"{repo}: not a local path, not in the hub cache, and the hub cannot be reached",
+            hint="check the path; offline, download it first with `hf download`",
+        ) from None
+    except (HfHubHTTPError, OSError) as problem:
+        raise Refused(f"{repo}: the hub refused: {str(problem).splitlines()[0]}") from None
+    return _directory(Path(path), Path(path).name)
+
+
+def _weights_on_hub(repo: str, revision: str | None) -> list[str]:
+    """Safetensors if the repository has any, so that the same weights are not fetched twice; else pickles."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        return ["*.safetensors", "*.bin"]  # what the cache has decides
+    except Exception as problem:
+        if "connect" not in type(problem).__name__.lower():
+            raise
+        return ["*.safetensors", "*.bin"]
+    return ["*.safetensors"] if any(f.endswith(".safetensors") for f in files) else ["*.bin"]

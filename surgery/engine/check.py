@@ -1,0 +1,164 @@
+"""What would go wrong, found before a byte is read; and the config that tells the truth about the output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import config as configs
+from surgery.checkpoint.sidecar import licence
+from surgery.checkpoint.source import Source
+from surgery.checkpoint.ties import declared_ties, tie_flag
+from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocabulary_rows, vocabulary_sizes
+from surgery.engine.plan import Plan
+from surgery.errors import Refused, did_you_mean
+from surgery.graph.expr import Read, walk
+
+_SCALES = ("_scale_inv", "_scale", ".scale", "_scales", ".scales")
+
+
+def check(plan: Plan) -> None:
+    """Refuse what cannot work, fill in `plan.warnings` and `plan.config`."""
+    _tokenizer(plan)
+    _quantised(plan)
+    _vocabularies(plan)
+    plan.config = _config(plan)
+    if plan.node.space == "delta":
+        plan.warnings.append("the output is a delta, not a model: add it to a base to use it")
+    elif plan.config is None:
+        plan.warnings.append(f"{_label(plan.donor)} has no config.json: the output will have none either")
+    known = {n for u in plan.uses if (n := licence(u.source))}
+    if len(known) > 1:
+        plan.warnings.append(f"the inputs have different licences: {', '.join(sorted(known))}")
+
+
+def _label(source: Source | None) -> str:
+    return "the input" if source is None else source.label
+
+
+def _tokenizer(plan: Plan) -> None:
+    wanted = plan.settings.tokenizer
+    labels = [u.source.label for u in plan.uses]
+    if wanted is not None and wanted not in labels:
+        where = plan.settings.where.get("tokenizer", "output.tokenizer")
+        raise Refused(f"{where}: `{wanted}` is not a model of this recipe", hint=did_you_mean(wanted, labels))
+
+
+def _quantised(plan: Plan) -> None:
+    """Codes of a quantised checkpoint are no numbers to compute with."""
+    for program in plan.programs:
+        if program.copies:
+            continue
+        for e in walk([program.expr]):
+            if not isinstance(e, Read):
+                continue
+            source, name = e.source, e.stored.name
+            stem = name.removesuffix(".weight")
+            scale = next((s for x in (name, stem) for end in _SCALES if (s := x + end) in source.tensors), None)
+            if scale is not None and (e.stored.dtype.is_scaled_code or not e.stored.dtype.is_float):
+                raise Refused(
+                    f"{source.label}: `{name}` holds {e.stored.dtype} codes that need `{scale}`; they are not weights yet",
+                    hint="dequantise the checkpoint to bfloat16 first; only copying such tensors unchanged is safe",
+                )
+            method = ((source.config or {}).get("quantization_config") or {}).get("quant_method")
+            if method and not e.stored.dtype.is_float:
+                raise Refused(
+                    f"{source.label}: is quantised ({method}); `{name}` holds packed codes, not weights",
+                    hint="use the unquantised checkpoint",
+                )
+
+
+def _vocabularies(plan: Plan) -> None:
+    """Rows of embeddings that are combined must stand for the same tokens."""
+    donor = plan.donor
+    if donor is None or donor.directory is None:
+        return
+    rows = vocabulary_rows({p.name: p.shape for p in plan.programs}, donor.config)
+    combined: dict[int, Source] = {}
+    for name in rows:
+        reads = {id(e.source): e.source for e in walk([plan.by_name[name].expr]) if isinstance(e, Read)}
+        if len(reads) > 1:
+            combined |= reads
+    others = [s for s in combined.values() if s is not donor and s.directory is not None]
+    different = [s for s in others if not _same_tokenizer(donor.directory, s.directory)]
+    if not different:
+        return
+    base = token_ids(donor.directory)
+    for source in different:
+        assert source.directory is not None
+        mine = token_ids(source.directory)
+        found = compare_vocabularies(base, mine) if base is not None and mine is not None else None
+        if found is None:
+            continue
+        summary = f"tokenizers of {donor.label} and {source.label} differ: {found.summary()}"
+        if found.moved:
+            raise Refused(
+                f"{summary}; their embeddings cannot be combined row by row",
+                hint="merging different vocabularies is not supported here yet; use models that share a tokenizer",
+            )
+        plan.warnings.append(summary)
+
+
+def _same_tokenizer(a: Path, b: Path | None) -> bool:
+    if b is None or a == b:
+        return True
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json"):
+        first, second = a / name, b / name
+        if first.is_file() != second.is_file():
+            return False
+        if first.is_file() and first.read_bytes() != second.read_bytes():
+            return False
+    return True
+
+
+def _config(plan: Plan) -> dict[str, Any] | None:
+    config = plan.node.config
+    if config is None:
+        return None
+    bytes_by_type: Counter[str] = Counter()
+    for program in plan.programs:
+        if program.dtype.is_float:
+            bytes_by_type[program.dtype.torch] += program.nbytes
+    if bytes_by_type:
+        config = configs.with_dtype(config, bytes_by_type.most_common(1)[0][0])
+    config = _true_ties(plan, config)
+    return _true_vocabulary(plan, config)
+
+
+def _true_ties(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """A head that is written although config ties it makes the output untied."""
+    if tie_flag(config) is not True or not any("embed" not in p.name and len(p.shape) == 2 for p in plan.programs):
+        return config
+    tables = {p.shape for p in plan.programs if p.name in vocabulary_rows({p.name: p.shape}, config)}
+    heads = [p for p in plan.programs if p.shape in tables and len(p.shape) == 2]
+    if len(heads) < 2:
+        return config
+    ties = declared_ties([p.name for p in plan.programs], config)
+    for alias, canonical in ties.items():
+        if alias in plan.by_name and canonical in plan.by_name:
+            plan.warnings.append(
+                f"`{alias}` is written beside `{canonical}`: inputs mix tied and untied models; "
+                "the output is untied and its config says so"
+            )
+            return configs.with_tied(config, False)
+    return config
+
+
+def _true_vocabulary(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """Config's vocabulary size follows the embedding where rows were added."""
+    donor = plan.donor
+    if donor is None:
+        return config
+    sizes = vocabulary_sizes(donor.config)
+    rows = vocabulary_rows({n: t.shape for n, t in donor.tensors.items()}, donor.config)
+    grown = {
+        plan.by_name[n].shape[axis]
+        for n, axis in rows.items()
+        if n in plan.by_name and plan.by_name[n].shape[axis] != donor.tensors[n].shape[axis]
+    }
+    if len(sizes) == 1 and len(grown) == 1:
+        size = grown.pop()
+        plan.warnings.append(f"the vocabulary grows from {sizes.pop()} to {size} rows; check that the tokenizer has the new tokens")
+        return configs.with_vocab_size(config, size)
+    return config

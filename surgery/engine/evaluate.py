@@ -1,0 +1,267 @@
+"""Computing one piece of an expression.
+
+An Evaluator belongs to one worker. Its buffers are reused from piece to piece: temporaries that stay in cache and never touch
+fresh pages are what makes streaming fast. Values that it returns are valid until the next piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.checkpoint.dtypes import DType
+from surgery.checkpoint.stored import Stored
+from surgery.engine import convert
+from surgery.engine.convert import Array
+from surgery.engine.digest import piece_digests
+from surgery.engine.pieces import PIECE
+from surgery.engine.profile import Profile
+from surgery.engine.reader import Reader
+from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
+from surgery.ops.eager import row_length
+from surgery.ops.statistics import At
+
+
+class Disagreement(Exception):
+    """Tensors that must be bit-identical are not; `first` and `second` are the expressions."""
+
+    def __init__(self, first: Expr, second: Expr) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+
+class Evaluator:
+    """Evaluates pieces [start, stop) of flattened expressions in float32 or float64 (`wide`)."""
+
+    def __init__(self, reader: Reader, *, profile: Profile | None = None, watched: frozenset[int] = frozenset()) -> None:
+        """watched: ids of sources whose bytes are to be hashed as they are read, into `seen`."""
+        self._reader, self._profile, self._watched = reader, profile, watched
+        self.seen: list[tuple[Stored, bytes]] = []
+        self._arena: list[Array] = []
+        self._used = 0
+        self._raw = np.empty(PIECE * 8, np.uint8)
+        self.scratch = np.empty(PIECE * 8, np.uint8)
+        self._work: Any = np.float32
+        self._start = self._stop = 0
+        self._memo: dict[int, Array] = {}
+        self._shared: frozenset[int] = frozenset()
+
+    def begin(self, start: int, stop: int, *, wide: bool, shared: frozenset[int] = frozenset()) -> None:
+        """Turn to another piece; everything returned before is void. shared: ids of expressions that are used repeatedly."""
+        self._start, self._stop, self._used = start, stop, 0
+        self._work = np.float64 if wide else np.float32
+        self._memo.clear()
+        self._shared = shared
+        self.seen.clear()
+
+    # -- numbers ---------------------------------------------------------------------------------------------------------
+
+    def values(self, expr: Expr) -> Array:
+        """The piece as float32/float64. Do not write into it."""
+        found = self._memo.get(id(expr))
+        if found is None:
+            if self._profile is None:
+                found = _COMPUTE[type(expr)](self, expr)
+            else:
+                with self._profile.node(expr.origin):
+                    found = _COMPUTE[type(expr)](self, expr)
+            self._memo[id(expr)] = found
+        return found
+
+    def _decoded(self, expr: Expr) -> Array:
+        out = self._buffer()
+        self._decode_into(expr, out)
+        return out
+
+    def _decode_into(self, expr: Expr, out: Array) -> None:
+        if isinstance(expr, Read) and expr.dtype.name in ("F32", "F64") and out.dtype.itemsize == expr.dtype.size:
+            self._fetch(expr, out.view(np.uint8))
+        else:
+            convert.decode(self.raw(expr), expr.dtype, out)
+
+    def _weighted(self, expr: Weighted) -> Array:
+        return self._sum(expr.coefs, expr.args, expr.shape)
+
+    def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
+        """Plain multiplications and additions in the order given: the same bits on every machine."""
+        total = self._buffer()
+        term: Array | None = None
+        for i, (coef, arg) in enumerate(zip(coefs, args, strict=True)):
+            into = total if i == 0 else term
+            if into is None:
+                into = term = self._buffer()
+            known = self._memo.get(id(arg))
+            if known is None and type(arg) is Read and id(arg) not in self._shared:
+                self._decode_into(arg, into)
+                known = into
+            elif known is None:
+                known = self.values(arg)
+            if not isinstance(coef, float):
+                self._scale_rows(known, coef, into, shape)
+            elif coef != 1.0:
+                np.multiply(known, self._work(coef), out=into)
+            elif known is not into:
+                if i > 0:
+                    np.add(total, known, out=total)
+                    continue
+                into[...] = known
+            if i > 0:
+                np.add(total, into, out=total)
+        if not args:
+            total[...] = 0
+        return total
+
+    def _scale_rows(self, values: Array, factors: Array, out: Array, shape: tuple[int, ...]) -> None:
+        row = row_length(shape) or 1
+        first = self._start // row
+        if len(values) % row == 0 and self._start % row == 0:
+            rows = factors[first : first + len(values) // row].astype(self._work)
+            np.multiply(values.reshape(-1, row), rows[:, None], out=out.reshape(-1, row))
+        else:
+            np.multiply(values, self._work(factors[first]), out=out)
+
+    def _padded(self, expr: Padded) -> Array:
+        (arg,) = expr.args
+        start, stop, have = self._start, self._stop, arg.numel
+        out = self._buffer()
+        out[...] = 0
+        inside = min(stop, have) - start
+        if inside > 0:
+            memo, self._memo = self._memo, {}
+            self._stop = start + inside
+            out[:inside] = self.values(arg)
+            self._stop, self._memo = stop, memo
+        return out
+
+    def _rounded(self, expr: Rounded) -> Array:
+        stored = np.empty((self._stop - self._start) * expr.dtype.size, np.uint8)
+        convert.encode(self.values(expr.args[0]), expr.dtype, stored)
+        out = self._buffer()
+        convert.decode(stored, expr.dtype, out)
+        return out
+
+    def _applied(self, expr: Applied) -> Array:
+        measured: dict[str, Any] = {}
+        if expr.measure is not None:
+            measured["measured"] = expr.measure.statistic.result(expr.part)
+        op = expr.op
+        if op.linear:
+            coefs = op.function(len(expr.args), **expr.params, **expr.extra, **measured)
+            kept = [(c if isinstance(c, np.ndarray) and c.ndim else float(c), a) for c, a in zip(coefs, expr.args, strict=True)]
+            kept = [(c, a) for c, a in kept if not (isinstance(c, float) and c == 0.0)]
+            return self._sum([c for c, _ in kept], [a for _, a in kept], expr.shape)
+        import torch
+
+        if "at" in op.needs:
+            measured["at"] = self.at(expr)
+        tensors = [torch.from_numpy(self.values(a)) for a in expr.args]
+        row = row_length(expr.shape) or 1
+        if op.locality == "matrix":
+            tensors = [t.reshape(expr.shape) for t in tensors]
+        elif op.locality == "rows":
+            tensors = [t.reshape(-1, row) for t in tensors]
+        made = op.function(tensors, **expr.params, **expr.extra, **measured)
+        result: Array = made.detach().reshape(-1).cpu().numpy()
+        return result.astype(self._work, copy=False)
+
+    def at(self, expr: Applied) -> At:
+        """Where the current piece lies, as operators and statistics are told."""
+        return At(expr.part, self._start, row_length(expr.shape), expr.key)
+
+    # -- stored bytes ----------------------------------------------------------------------------------------------------
+
+    def raw(self, expr: Expr) -> Array:
+        """The piece as stored bytes of `expr.dtype` (uint8); valid until the next call."""
+        if isinstance(expr, Read):
+            out = self._space(expr.dtype.size)
+            self._fetch(expr, out)
+            return out
+        if isinstance(expr, Literal):
+            import torch
+
+            flat: Array = expr.tensor.reshape(-1)[self._start : self._stop].view(torch.uint8).numpy()
+            return flat
+        if isinstance(expr, Agree):
+            first = self.raw(expr.args[0]).copy()
+            for other in expr.args[1:]:
+                if not np.array_equal(first, self.raw(other)):
+                    raise Disagreement(expr.args[0], other)
+            return first
+        if isinstance(expr, Mapped):
+            return self._mapped(expr)
+        out = np.empty((self._stop - self._start) * expr.dtype.size, np.uint8)
+        convert.encode(self.values(expr), expr.dtype, out)
+        return out
+
+    def _mapped(self, expr: Mapped) -> Array:
+        import torch
+
+        from surgery.errors import Failed
+
+        (arg,) = expr.args
+        given = torch.from_numpy(self.raw(arg).copy()).view(getattr(torch, arg.dtype.torch)).reshape(arg.shape)
+        code = getattr(expr.function, "__code__", None)
+        named = code is not None and code.co_argcount - (1 if hasattr(expr.function, "__self__") else 0) >= 2
+        try:
+            made = expr.function(expr.tensor_name, given) if named else expr.function(given)
+        except Exception as problem:
+            raise Failed(f"map: the function failed on `{expr.tensor_name}`: {type(problem).__name__}: {problem}") from problem
+        if not isinstance(made, torch.Tensor) or tuple(made.shape) != expr.shape:
+            found = f"{list(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
+            raise Failed(f"map: the function returned {found} for `{expr.tensor_name}`, expected {list(expr.shape)}")
+        made = made.detach().cpu().to(given.dtype).contiguous()
+        result: Array = made.reshape(-1).view(torch.uint8).numpy()
+        return result
+
+    def _fetch(self, expr: Read, out: Array) -> None:
+        if self._profile is None:
+            self._reader.read(expr.stored, self._start, self._stop, out)
+        else:
+            with self._profile.step("read", out.size):
+                self._reader.read(expr.stored, self._start, self._stop, out)
+        if id(expr.source) in self._watched:
+            parts = piece_digests(out, self._start, self._stop, expr.shape, expr.dtype.size)
+            self.seen.extend((expr.stored, digest) for digest in parts)
+
+    def output(self, expr: Expr, dtype: DType) -> Array:
+        """The piece as stored bytes of type `dtype`, copied as they are where the expression has that type on disk."""
+        if expr.dtype == dtype and isinstance(expr, Read | Literal | Agree | Mapped):
+            return self.raw(expr)
+        values = self.values(expr)
+        out = self._space(dtype.size)
+        convert.encode(values, dtype, out)
+        return out
+
+    # -- buffers ---------------------------------------------------------------------------------------------------------
+
+    def _space(self, size: int) -> Array:
+        wanted = (self._stop - self._start) * size
+        if wanted > self._raw.size:
+            return np.empty(wanted, np.uint8)
+        return self._raw[:wanted]
+
+    def _buffer(self) -> Array:
+        """A work array for this piece from the arena."""
+        count = self._stop - self._start
+        if count > PIECE:
+            return np.empty(count, self._work)
+        if self._used == len(self._arena):
+            self._arena.append(np.empty(PIECE * 8, np.uint8))
+        self._used += 1
+        size = np.dtype(self._work).itemsize
+        made: Array = self._arena[self._used - 1][: count * size].view(self._work)
+        return made
+
+
+_COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {
+    Read: Evaluator._decoded,
+    Literal: Evaluator._decoded,
+    Agree: Evaluator._decoded,
+    Mapped: Evaluator._decoded,
+    Weighted: Evaluator._weighted,
+    Padded: Evaluator._padded,
+    Rounded: Evaluator._rounded,
+    Applied: Evaluator._applied,
+}

@@ -1,0 +1,211 @@
+"""Units of work: a phase is a list of tasks that may run in any order on any worker, then one conclusion.
+
+A program is a job of several phases: one for each pass of each statistic it needs, and one that writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.engine import convert
+from surgery.engine.digest import combine, piece_digests
+from surgery.engine.evaluate import Disagreement, Evaluator
+from surgery.engine.pieces import WINDOW, pieces, segments
+from surgery.engine.plan import Program, traits
+from surgery.engine.profile import Profile
+from surgery.errors import Failed, Refused
+from surgery.graph.expr import Agree, Applied, Expr, Measure, Read, walk
+from surgery.ops.statistics import At
+
+MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
+
+
+class Phase:
+    """`tasks` numbered from 0, `do` any of them, then `conclude`: the next phase, or None when the job is done."""
+
+    tasks = 0
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        """Carry out one task; returns bytes of progress."""
+        raise NotImplementedError
+
+    def conclude(self) -> Phase | None:
+        raise NotImplementedError
+
+
+class MeasurePhase(Phase):
+    """One pass of a statistic over its tensors, repeated for as long as it asks for another."""
+
+    def __init__(self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None]) -> None:
+        self._measure, self._lenient, self._then = measure, lenient, then
+        if measure.statistic is None:
+            measure.statistic = measure.start()
+        found = traits([a for part in measure.parts for a in part.args])
+        self._wide, self._whole, self._shared = wide or found.wide, found.whole, found.shared
+        self._work: list[tuple[Applied, int, int]] = []
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The pieces of this pass; only a window of some of them if a sample is enough."""
+        work = [(part, a, b) for part in self._measure.parts for a, b in pieces(part.shape, whole=self._whole)]
+        if self._measure.statistic.sampled:
+            step = max(1, len(work) // MAX_WINDOWS)
+            work = [(part, a, min(b, a + WINDOW)) for part, a, b in work[::step]]
+        self._work = work
+        self._seen: list[tuple[At, Any] | None] = [None] * len(work)
+        self._runs = segments(len(work))
+        self.tasks = len(self._runs)
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        size = 0
+        for i in self._runs[task]:
+            part, start, stop = self._work[i]
+            evaluator.begin(start, stop, wide=self._wide, shared=self._shared)
+            inputs = [evaluator.values(a) for a in part.args]
+            if self._lenient:
+                inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
+            elif not all(_all_finite(x) for x in inputs):
+                raise culprit(part, start, stop, evaluator) or Failed(f"a delta of `{part.key}` overflows")
+            at = evaluator.at(part)
+            self._seen[i] = (at, self._measure.statistic.observe(inputs, at))
+            size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
+        return size
+
+    def conclude(self) -> Phase | None:
+        done = self._measure.statistic.conclude(self._seen)
+        if done:
+            return self._then()
+        self._lay_out()
+        return self
+
+
+class WritePhase(Phase):
+    """Compute a program piece by piece and put it where it belongs."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        put: Callable[[str, int, Any], None],
+        finished: Callable[[Program, str], None],
+        lenient: bool,
+        expected: Callable[[Any], str | None],
+        profile: Profile | None,
+    ) -> None:
+        self._program, self._put, self._finished = program, put, finished
+        self._lenient, self._expected, self._profile = lenient, expected, profile
+        self._pieces = pieces(program.shape, whole=program.whole)
+        self._digests: list[list[bytes]] = [[]] * len(self._pieces)
+        self._inputs: list[list[tuple[Any, bytes]]] = [[]] * len(self._pieces)
+        self._runs = segments(len(self._pieces))
+        self.tasks = len(self._runs)
+        self._per_element = sum(e.dtype.size for e in walk([program.expr]) if isinstance(e, Read)) + program.dtype.size
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        program, size = self._program, 0
+        for i in self._runs[task]:
+            start, stop = self._pieces[i]
+            evaluator.begin(start, stop, wide=program.wide, shared=program.shared)
+            try:
+                out = evaluator.output(program.expr, program.dtype)
+            except Disagreement as found:
+                raise disagreement(program.name, found) from None
+            if evaluator.seen:
+                self._inputs[i] = list(evaluator.seen)
+            scratch = evaluator.scratch if out.size <= evaluator.scratch.size else np.empty(out.size, np.uint8)
+            if not self._lenient and not convert.is_finite(out, program.dtype, scratch):
+                raise culprit(program.expr, start, stop, evaluator) or _overflow(program)
+            self._digests[i] = list(piece_digests(out, start, stop, program.shape, program.dtype.size))
+            if self._profile is None:
+                self._put(program.name, start * program.dtype.size, out)
+            else:
+                with self._profile.step("write", out.size):
+                    self._put(program.name, start * program.dtype.size, out)
+            size += (stop - start) * self._per_element
+        return size
+
+    def conclude(self) -> None:
+        parts: dict[Any, list[bytes]] = {}
+        for seen in self._inputs:
+            for stored, digest in seen:
+                parts.setdefault(stored, []).append(digest)
+        for stored, digests in parts.items():
+            wanted = self._expected(stored)
+            if wanted is not None and wanted != combine(digests):
+                raise Refused(
+                    f"{stored.path}: `{stored.name}` is damaged: its bytes do not match the digest in surgery.json beside it",
+                    hint="fetch or make this checkpoint again",
+                )
+        self._finished(self._program, combine([d for digests in self._digests for d in digests]))
+
+
+class ClaimPhase(Phase):
+    """Tensors that are declared tied although both are stored: make sure that they are equal."""
+
+    def __init__(self, claim: Agree) -> None:
+        self._claim = claim
+        self._pieces = pieces(claim.shape)
+        self._runs = segments(len(self._pieces))
+        self.tasks = len(self._runs)
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        alias, canonical = self._claim.args
+        assert isinstance(alias, Read) and isinstance(canonical, Read)
+        for i in self._runs[task]:
+            evaluator.begin(*self._pieces[i], wide=False)
+            try:
+                evaluator.raw(self._claim)
+            except Disagreement:
+                raise Refused(
+                    f"{alias.source.label}: its config ties `{alias.stored.name}` to `{canonical.stored.name}`, "
+                    "but the two differ",
+                    hint=f'set "tie_word_embeddings": false in the config.json of {alias.source.location}',
+                ) from None
+        return 0
+
+    def conclude(self) -> None:
+        return None
+
+
+def culprit(expr: Expr, start: int, stop: int, evaluator: Evaluator) -> Refused | None:
+    """The input that holds a NaN or infinity in this piece, as an error; None if all inputs are finite."""
+    for e in walk([expr]):
+        if isinstance(e, Read) and e.dtype.is_float:
+            end = min(stop, e.numel)
+            if end <= start:
+                continue
+            evaluator.begin(start, end, wide=False)
+            raw = evaluator.raw(e)
+            if convert.is_finite(raw, e.dtype, np.empty(raw.size, np.uint8)):
+                continue
+            values = convert.typed(raw, e.dtype).astype(np.float64)
+            at = int(np.flatnonzero(~np.isfinite(values))[0])
+            what = "NaN" if np.isnan(values[at]) else "infinity"
+            return Refused(
+                f"{e.source.label}: `{e.stored.name}` holds {what} (first at flat index {start + at}, in {e.stored.path})",
+                hint="repair or drop that tensor; --allow-nonfinite carries such values along",
+            )
+    return None
+
+
+def disagreement(name: str, found: Disagreement) -> Refused:
+    first, second = found.first, found.second
+    labels = [e.source.label if isinstance(e, Read) else e.name for e in (first, second)]
+    return Refused(
+        f"`{name}` is {first.dtype} and differs between {labels[0]} and {labels[1]}; such tensors are not averaged",
+        hint=f"choose one: output: {{integers: {labels[0]}}}",
+    )
+
+
+def _overflow(program: Program) -> Refused:
+    return Refused(
+        f"`{program.name}`: the result does not fit {program.dtype} (largest finite value {program.dtype.largest:g})",
+        hint="write a wider type: output: {dtype: bfloat16} or float32; or lower the weights",
+    )
+
+
+def _all_finite(x: Any) -> bool:
+    return bool(np.isfinite(x.max(initial=0.0)) and np.isfinite(x.min(initial=0.0)))

