@@ -1,0 +1,72 @@
+"""surgery ops [NAME]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from surgery.cli.options import JSON, print_json
+
+
+@click.command("ops")
+@click.argument("name", required=False)
+@JSON
+def command(name: str | None, as_json: bool) -> None:
+    """List the operators, or explain operator NAME: maths, parameters, evidence, known problems.
+
+    \b
+    Example:
+      surgery ops
+      surgery ops ties
+    """
+    from surgery.errors import Refused, did_you_mean
+    from surgery.ops import registry
+
+    if name is None:
+        if as_json:
+            print_json({op.name: _data(op) for op in registry.values()})
+            return
+        width = max(map(len, registry))
+        for op in sorted(registry.values(), key=lambda o: o.name):
+            click.echo(f"{op.name:<{width}}  {op.summary}")
+        return
+    op = registry.get(name)
+    if op is None:
+        raise Refused(f"there is no operator `{name}`", hint=did_you_mean(name, registry))
+    print_json(_data(op)) if as_json else click.echo(explain(op))
+
+
+def explain(op: Any) -> str:
+    """The help page of an operator, from its declaration and docstring."""
+    from surgery.ops.declare import REQUIRED, SECTIONS
+
+    lines = [f"{op.name}: {op.summary}", "", f"takes {op.takes.text}; gives {op.gives}", ""]
+    if op.params:
+        lines.append("Parameters")
+    for p in op.params:
+        default = "required" if p.default is REQUIRED else f"default {str(p.default).lower()}"
+        per = "; one for all or a list, one per input" if p.per_input else ""
+        lines.append(f"  {p.name}: {p.range}, {default}{per}\n      {p.doc}")
+    if any(not p.fixed for p in op.params):
+        lines.append("  Numbers may also be a gradient over depth, [0.2, 0.8], or a map {glob: value}.")
+    for title in SECTIONS:
+        lines += ["", title, *(f"  {line}" for line in op.section(title).splitlines())]
+    return "\n".join(lines)
+
+
+def _data(op: Any) -> dict[str, Any]:
+    from surgery.ops.declare import REQUIRED
+
+    params = [
+        {
+            "name": p.name,
+            "accepts": p.range,
+            "default": None if p.default is REQUIRED else p.default,
+            "required": p.default is REQUIRED,
+            "per_input": p.per_input,
+            "doc": p.doc,
+        }
+        for p in op.params
+    ]
+    return {"summary": op.summary, "takes": op.takes.text, "gives": op.gives, "linear": op.linear, "params": params}

@@ -1,0 +1,117 @@
+"""YAML with positions: plain data, and for every key and item the place in the file it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.errors import Refused, did_you_mean
+
+Path_ = tuple[Any, ...]
+_MAX_NODES = 100_000  # a recipe is small; aliases can make a small file enormous
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe loading, with `1e-3` read as a number (YAML 1.1 wants `1.0e-3`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+class Document:
+    """`data` is what the file says; `place(path)` is `file:line:col` of the value at a path of keys and indices."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise Refused(f"{path}: not a text file") from None
+        except OSError as problem:
+            raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+        self._places: dict[Path_, tuple[int, int]] = {}
+        self._count = 0
+        loader = _Loader(self.text)
+        try:
+            root = loader.get_single_node()
+            self.data: Any = None if root is None else self._build(loader, root, (), ())
+        except yaml.YAMLError as problem:
+            mark = getattr(problem, "problem_mark", None)
+            at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+            what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+            raise Refused(f"{path}{at}: not valid YAML: {what}") from None
+        except RecursionError:
+            raise Refused(f"{path}: nested too deeply") from None
+        finally:
+            loader.dispose()
+
+    def _build(self, loader: Any, node: yaml.Node, path: Path_, above: tuple[int, ...]) -> Any:
+        self._count += 1
+        if self._count > _MAX_NODES or id(node) in above:
+            raise Refused(f"{self.path}: too large, or an alias that contains itself")
+        self._places.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
+        above = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            made: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                at = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+                if not isinstance(key, str | int | float | bool):
+                    raise Refused(f"{self.path}:{at[0]}:{at[1]}: a key must be plain text")
+                key = str(key)
+                if key in made:
+                    raise Refused(f"{self.path}:{at[0]}:{at[1]}: `{key}` is given twice")
+                self._places[(*path, key)] = at
+                made[key] = self._build(loader, value_node, (*path, key), above)
+            return made
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(loader, n, (*path, i), above) for i, n in enumerate(node.value)]
+        return loader.construct_object(node, deep=True)
+
+    def place(self, *path: Any) -> str:
+        """`file:line:col` of the key or item at `path`, or of the nearest thing above it that is in the file."""
+        while path and path not in self._places:
+            path = path[:-1]
+        line, column = self._places.get(path, (1, 1))
+        return f"{self.path}:{line}:{column}"
+
+    def override(self, overrides: Mapping[str, Any]) -> None:
+        """Set values by dotted key, as `--set steps.task.density=0.3` does. Keys must exist up to the last part."""
+        for dotted, value in overrides.items():
+            parts = dotted.split(".")
+            here: Any = self.data
+            for i, part in enumerate(parts):
+                if isinstance(here, list) and part.isdigit() and int(part) < len(here):
+                    key: Any = int(part)
+                elif isinstance(here, dict) and (part in here or (i == len(parts) - 1 and i > 0)):
+                    key = part
+                else:
+                    known = list(here) if isinstance(here, dict) else []
+                    raise Refused(
+                        f"--set {dotted}: there is no `{'.'.join(parts[: i + 1])}` in {self.path}",
+                        hint=did_you_mean(part, known),
+                    )
+                if i == len(parts) - 1:
+                    here[key] = value
+                else:
+                    here = here[key]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key.path=value` -> (key.path, value), the value read as YAML. Raises Refused."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise Refused(f"--set {text}: expected KEY=VALUE", hint="for example --set steps.task.density=0.3")
+    loader = _Loader(value)
+    try:
+        return key.strip(), loader.get_single_data()
+    except yaml.YAMLError:
+        raise Refused(f"--set {text}: the value is not valid YAML") from None
+    finally:
+        loader.dispose()

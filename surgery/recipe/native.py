@@ -1,0 +1,176 @@
+"""The native recipe language: `models`, `steps` that look back, `output`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.layout import parse_size
+from surgery.checkpoint.source import open_source
+from surgery.engine.settings import DEFAULT_SHARD, Settings
+from surgery.errors import Refused, did_you_mean
+from surgery.graph.node import Node, SourceNode
+from surgery.graph.stitch import make
+from surgery.ops import registry
+from surgery.recipe.document import Document
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe read: what to make, and the settings of its output."""
+
+    node: Node
+    settings: Settings
+
+
+def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Recipe:
+    """Read a recipe file into a graph; sources' headers are opened. Raises Refused with file:line:col."""
+    document = Document(Path(path))
+    if isinstance(document.data, dict) and "merge_method" in document.data:
+        raise Refused(
+            f"{document.place('merge_method')}: this is a mergekit recipe; its dialect is not read yet",
+            hint="write it as steps; `surgery schema` and docs/recipes.md show how",
+        )
+    if document.data is not None:
+        document.override(overrides)
+    _check_shape(document)
+    known: dict[str, Node] = {}
+    for name in document.data["models"]:
+        known[name] = _model(document, name)
+    steps = document.data.get("steps") or {}
+    for name in steps:
+        if name in known:
+            raise Refused(f"{document.place('steps', name)}: `{name}` is also a model", hint="give the step another name")
+        known[name] = _step(document, name, known, list(steps))
+    output = document.data["output"]
+    node = _named(document, ("output", "from"), output["from"], known, [])
+    _check_used(document, node, known)
+    where = {key: document.place("output", key) for key in output}
+    settings = Settings(
+        dtype=output.get("dtype"),
+        shard_size=_size(document, output),
+        tokenizer=output.get("tokenizer"),
+        integers=output.get("integers"),
+        precision=output.get("precision", "float32"),
+        recipe=_with_overrides(document.text, overrides),
+        where=where,
+    )
+    return Recipe(node, settings)
+
+
+def _with_overrides(text: str, overrides: Mapping[str, Any]) -> str:
+    changed = "".join(f"# --set {key}={value}\n" for key, value in overrides.items())
+    return changed + text
+
+
+def _size(document: Document, output: Mapping[str, Any]) -> int:
+    try:
+        return parse_size(output.get("shard_size", DEFAULT_SHARD))
+    except Refused as problem:
+        raise Refused(f"{document.place('output', 'shard_size')}: {problem.message}", hint=problem.hint) from None
+
+
+def _model(document: Document, name: str) -> SourceNode:
+    said = document.data["models"][name]
+    source = said if isinstance(said, str) else said["source"]
+    if isinstance(said, dict) and "revision" in said:
+        source = f"{source}@{said['revision']}"
+    beside = document.path.parent / source
+    location = str(beside) if not os.path.isabs(source) and beside.exists() else source
+    place = document.place("models", name)
+    try:
+        opened = open_source(location, label=name)
+    except Refused as problem:
+        raise Refused(f"{place}: {problem.message}", hint=problem.hint) from None
+    return SourceNode(opened, name, {"": place})
+
+
+def _step(document: Document, name: str, known: Mapping[str, Node], steps: list[str]) -> Node:
+    said = dict(document.data["steps"][name])
+    place = partial(document.place, "steps", name)
+    op = registry.get(said["op"])
+    if op is None:
+        raise Refused(
+            f"{place('op')}: there is no operator `{said['op']}`",
+            hint=did_you_mean(said["op"], registry) or "`surgery ops` lists them",
+        )
+    del said["op"]
+    of = said.pop("of")
+    names = [of] if isinstance(of, str) else of
+    later = steps[steps.index(name) :]
+    inputs = [
+        _named(document, ("steps", name, "of", *([i] if isinstance(of, list) else [])), n, known, later)
+        for i, n in enumerate(names)
+    ]
+    missing = said.pop("missing", "error")
+    where = {"": place(), "of": place("of"), "missing": place("missing"), **{k: place(k) for k in said}}
+    return make(op, inputs, said, missing=missing, label=name, where=where)
+
+
+def _named(document: Document, path: tuple[Any, ...], name: str, known: Mapping[str, Node], later: list[str]) -> Node:
+    if name in known:
+        return known[name]
+    if name in later:
+        problem = "a step cannot use itself" if name == later[0] else f"step `{name}` comes later; steps may only look back"
+        raise Refused(f"{document.place(*path)}: {problem}")
+    raise Refused(f"{document.place(*path)}: there is no model or step `{name}`", hint=did_you_mean(name, known))
+
+
+def _check_used(document: Document, node: Node, known: Mapping[str, Node]) -> None:
+    """A step or model that does not reach the output is a mistake."""
+    used: set[int] = set()
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        used.add(id(here))
+        stack.extend(here.inputs)
+    for name, other in known.items():
+        if id(other) not in used:
+            kind = "models" if isinstance(other, SourceNode) else "steps"
+            raise Refused(
+                f"{document.place(kind, name)}: `{name}` is not used by the output",
+                hint="remove it, or use it in a step that leads to output.from",
+            )
+
+
+def _check_shape(document: Document) -> None:
+    """Sections, their types and keys. What concerns operators they check themselves, with more to say."""
+    import jsonschema
+
+    from surgery.recipe.schema import recipe_schema, shape_only
+
+    if not isinstance(document.data, dict):
+        raise Refused(f"{document.path}: not a recipe (expected models, steps and output)")
+    validator = jsonschema.Draft202012Validator(shape_only(recipe_schema()))
+    problems = sorted(validator.iter_errors(document.data), key=lambda e: (e.validator != "additionalProperties", len(e.path)))
+    if problems:
+        raise _explained(document, problems[0])
+
+
+def _explained(document: Document, problem: Any) -> Refused:
+    path = list(problem.absolute_path)
+    what = ".".join(map(str, path)) or "the recipe"
+    if problem.validator == "additionalProperties" and problem.schema.get("properties"):
+        known = list(problem.schema["properties"])
+        key = next(k for k in problem.instance if k not in known)
+        return Refused(f"{document.place(*path, key)}: unknown key `{key}` in {what}", hint=did_you_mean(key, known))
+    if problem.validator == "required":
+        lacking = next(k for k in problem.validator_value if k not in problem.instance)
+        return Refused(f"{document.place(*path)}: {what} needs `{lacking}`")
+    if problem.validator == "enum":
+        hint = did_you_mean(str(problem.instance), map(str, problem.validator_value))
+        return Refused(f"{document.place(*path)}: {what} cannot be `{problem.instance}`", hint=hint)
+    wanted = {"object": "a map", "string": "text", "array": "a list"}
+    if problem.validator == "type":
+        kind = problem.validator_value
+        expected = " or ".join(wanted.get(k, k) for k in ([kind] if isinstance(kind, str) else kind))
+        return Refused(f"{document.place(*path)}: {what} must be {expected}, found {problem.instance!r}")
+    if problem.validator == "minProperties":
+        return Refused(f"{document.place(*path)}: {what} is empty")
+    if problem.validator == "anyOf" and path and path[-1] == "of":
+        return Refused(f"{document.place(*path)}: `of` must be a name or a list of names, found {problem.instance!r}")
+    return Refused(f"{document.place(*path)}: {what}: expected a path, a hub id, or {{source, revision}}")

@@ -1,0 +1,119 @@
+"""The JSON Schema of recipes, derived from the operators' declarations: validates here, completes in editors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.checkpoint.dtypes import WRITABLE_FLOATS
+from surgery.graph.apply import MISSING
+from surgery.ops import registry
+from surgery.ops.declare import REQUIRED, Op, Param
+
+_NAMES = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema of the native recipe language."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "weight-surgery recipe",
+        "type": "object",
+        "required": ["models", "output"],
+        "additionalProperties": False,
+        "properties": {
+            "models": {
+                "type": "object",
+                "minProperties": 1,
+                "description": "Checkpoints by name: a path, a hub id with @revision, or {source, revision}.",
+                "additionalProperties": {
+                    "anyOf": [
+                        {"type": "string"},
+                        {
+                            "type": "object",
+                            "required": ["source"],
+                            "additionalProperties": False,
+                            "properties": {"source": {"type": "string"}, "revision": {"type": "string"}},
+                        },
+                    ]
+                },
+            },
+            "steps": {
+                "type": "object",
+                "description": "Named operations in order; a step may use models and earlier steps.",
+                "additionalProperties": {"$ref": "#/$defs/step"},
+            },
+            "output": {
+                "type": "object",
+                "required": ["from"],
+                "additionalProperties": False,
+                "properties": {
+                    "from": {"type": "string", "description": "The model or step to write."},
+                    "dtype": {"enum": list(WRITABLE_FLOATS), "description": "Float type; default: each tensor's own."},
+                    "shard_size": {"type": ["string", "integer"], "description": "Bytes per file, like 5GB."},
+                    "tokenizer": {"type": "string", "description": "The model whose tokenizer goes along."},
+                    "integers": {"type": "string", "description": "The model whose integer tensors are taken."},
+                    "precision": {"enum": ["float32", "float64"], "description": "Arithmetic; float32 by default."},
+                },
+            },
+        },
+        "$defs": {
+            "step": {
+                "type": "object",
+                "required": ["op", "of"],
+                "properties": {"op": {"enum": sorted(registry)}},
+                "allOf": [
+                    {"if": {"properties": {"op": {"const": op.name}}}, "then": step_schema(op)}
+                    for op in registry.values()
+                ],
+            }
+        },
+    }
+
+
+def step_schema(op: Op) -> dict[str, Any]:
+    """The schema of a step that applies `op`."""
+    missing = {"enum": list(MISSING), "description": "What happens to a tensor that not every input has."}
+    properties: dict[str, Any] = {"op": {"const": op.name, "description": op.summary}, "of": _NAMES, "missing": missing}
+    properties |= {p.name: _param(p) for p in op.params}
+    required = ["op", "of", *(p.name for p in op.params if p.default is REQUIRED)]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _param(param: Param) -> dict[str, Any]:
+    about: dict[str, Any] = {"description": param.doc}
+    if param.default is not REQUIRED and param.default is not None:
+        about["default"] = param.default
+    if param.kind == "boolean":
+        return {"type": "boolean", **about}
+    if param.kind == "choice":
+        return {"enum": list(param.choices), **about}
+    if param.kind == "rules":
+        return {"type": "object", "minProperties": 1, "additionalProperties": {"type": "string"}, **about}
+    one = _number(param)
+    if param.fixed:
+        return one | about
+    gradient = {"type": "array", "items": one, "minItems": 1}
+    plain: list[Any] = [one, gradient]
+    plain += [{"enum": list(param.words)}] if param.words else []
+    by_name = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": plain}}
+    forms = [*plain, by_name]
+    if param.per_input:
+        forms.append({"type": "array", "items": {"anyOf": forms}, "minItems": 1})
+    return {"anyOf": forms, **about}
+
+
+def _number(param: Param) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "integer" if param.kind == "integer" else "number"}
+    if param.low > float("-inf"):
+        made["exclusiveMinimum" if param.above else "minimum"] = param.low
+    if param.high < float("inf"):
+        made["maximum"] = param.high
+    return made
+
+
+def shape_only(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without what operators check themselves, with better words: steps keep only `op` and `of`."""
+    made = dict(schema)
+    made["$defs"] = {"step": {"type": "object", "required": ["op", "of"], "properties": {"of": _NAMES, "op": {"type": "string"}}}}
+    return made
