@@ -43,22 +43,28 @@ class _Bracket:
         self.cut: Cut | None = Cut(0.0, 0, 0, 0, everything=True) if keep >= total else None
 
     def aim(self) -> None:
-        """Set [low, high) from the sample: `half` quantiles to each side, or a single frequent value."""
-        assert self.sample is not None
-        middle = 1.0 - self.keep / self.total
-        if self.half >= 0.5:
+        """Set [low, high) from the sorted sample: `half` ranks to each side, or a single frequent value."""
+        sample, middle = self.sample, 1.0 - self.keep / self.total
+        if sample is None or self.half >= 0.5:
             self.low, self.high = 0.0, np.inf
             return
-        low, value, high = np.quantile(
-            self.sample, [max(0.0, middle - self.half), middle, min(1.0, middle + self.half)], method="nearest"
-        )
-        value = self.sample.dtype.type(value)
-        if np.count_nonzero(self.sample == value) > 4 * self.half * len(self.sample):
-            self.low, self.high = float(value), float(np.nextafter(value, self.sample.dtype.type(np.inf)))
-        else:
-            self.low = float(low) if middle > self.half else 0.0
-            self.high = float(np.nextafter(self.sample.dtype.type(high), self.sample.dtype.type(np.inf)))
-            self.high = self.high if middle + self.half < 1.0 else np.inf
+        last, up = len(sample) - 1, sample.dtype.type(np.inf)
+        value = sample[round(middle * last)]
+        first, after = np.searchsorted(sample, value, "left"), np.searchsorted(sample, value, "right")
+        if after - first > 4 * self.half * len(sample):
+            self.low, self.high = float(value), float(np.nextafter(value, up))
+            return
+        below, above = middle - self.half, middle + self.half
+        self.low = float(sample[int(below * last)]) if below > 0.0 else 0.0
+        self.high = float(np.nextafter(sample[min(last, int(above * last) + 1)], up)) if above < 1.0 else np.inf
+
+    def learn(self, windows: list[Array]) -> None:
+        """Take in a sample; `half` becomes four standard errors of a rank, by how much windows disagree."""
+        self.sample = np.sort(np.concatenate(windows))
+        middle = self.sample[round((1.0 - self.keep / self.total) * (len(self.sample) - 1))]
+        shares = [np.count_nonzero(w > middle) / len(w) for w in windows if len(w)]
+        self.half = max(0.002, 4.0 * float(np.std(shares)) / len(shares) ** 0.5)
+        self.aim()
 
     @property
     def single(self) -> bool:
@@ -80,6 +86,8 @@ class TopK:
         if bracket.cut is not None:
             return None
         magnitude = np.abs(x)
+        if not np.isfinite(magnitude.max(initial=0.0)):
+            raise FloatingPointError("a magnitude is not finite")
         if self.sampled:
             return magnitude
         if bracket.low == 0.0 and bracket.high == np.inf:
@@ -98,9 +106,7 @@ class TopK:
             if bracket.cut is None:
                 pieces = [(at, look[i]) for at, look in seen]
                 if self.sampled:
-                    bracket.sample = np.concatenate([p for _, p in pieces])
-                    bracket.half = max(0.002, 4.0 * _spread([p for _, p in pieces], bracket))
-                    bracket.aim()
+                    bracket.learn([p for _, p in pieces])
                 else:
                     _narrow(bracket, pieces)
         done = not self.sampled and all(b.cut is not None for b in self._brackets)
@@ -109,13 +115,6 @@ class TopK:
 
     def result(self, part: int) -> list[Cut]:
         return [b.cut for b in self._brackets if b.cut is not None]
-
-
-def _spread(windows: list[Array], bracket: _Bracket) -> float:
-    """Standard error of the sampled quantile's rank, from how much windows disagree (rows differ in scale)."""
-    middle = np.quantile(np.concatenate(windows), 1.0 - bracket.keep / bracket.total, method="nearest")
-    shares = np.array([np.mean(w > middle) for w in windows if len(w)])
-    return float(shares.std() / np.sqrt(len(shares)))
 
 
 def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
@@ -138,7 +137,7 @@ def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
         equal = [int(np.count_nonzero(v == threshold)) for _, (_, v) in pieces]
     for (at, _), count in zip(pieces, equal, strict=True):
         if ties <= count:
-            bracket.cut = Cut(threshold, at.part, at.start, ties)
+            bracket.cut, bracket.sample = Cut(threshold, at.part, at.start, ties), None
             return
         ties -= count
     raise AssertionError("a cut lies inside its bracket")

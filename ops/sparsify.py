@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +27,10 @@ class KeptShare:
     def observe(self, inputs: Sequence[Array], at: At) -> tuple[float, float]:
         x = inputs[0]
         mask = bernoulli(self._density, self._seed, at.key, at.start, len(x))
-        return l1(x), l1(x * mask)
+        whole, kept = l1(x), l1(x * mask)
+        if not np.isfinite(whole):
+            raise FloatingPointError("a norm is not finite")
+        return whole, kept
 
     def conclude(self, seen: list[tuple[At, tuple[float, float]]]) -> bool:
         whole, kept = np.sum([value for _, value in seen], axis=0)

@@ -35,7 +35,8 @@ class Statistic(Protocol):
     """True while the coming pass needs only a sample of windows rather than every element."""
 
     def observe(self, inputs: Sequence[Array], at: At) -> Any:
-        """Look at one piece: arrays of equal length, flat."""
+        """Look at one piece: arrays of equal length, flat. Keeps no reference to them. Raises FloatingPointError if they
+        hold something that is not finite."""
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         """Take in one pass's observations, in element order. True when finished, False to ask for another pass."""
@@ -53,7 +54,10 @@ class Sums:
         self._measure, self._finish, self._result = measure, finish, None
 
     def observe(self, inputs: Sequence[Array], at: At) -> Array:
-        return self._measure(inputs)
+        made = self._measure(inputs)
+        if not np.isfinite(made).all():
+            raise FloatingPointError("a sum is not finite")
+        return made
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         self._result = self._finish(np.sum([value for _, value in seen], axis=0))

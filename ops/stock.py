@@ -33,7 +33,10 @@ class RowGram:
         whole = at.start % length == 0 and len(inputs[0]) % length == 0
         shape = (-1, length) if whole else (1, -1)
         deltas = [(x - inputs[0]).reshape(shape).astype(np.float64) for x in inputs[1:]]
-        return at.start // length, np.einsum("irk,jrk->ijr", deltas, deltas)
+        products = np.einsum("irk,jrk->ijr", deltas, deltas)
+        if not np.isfinite(products).all():
+            raise FloatingPointError("a product is not finite")
+        return at.start // length, products
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         sums: dict[int, dict[int, Array]] = {}

@@ -94,7 +94,7 @@ def ties(
     total = votes[0].clone()
     for vote in votes[1:]:
         total += vote
-    sign = torch.where(total < 0, -1.0, 1.0).to(total.dtype)
+    sign = total.sign_().add_(0.5).sign_()  # 0 becomes +
     mass, share = torch.zeros_like(total), torch.zeros_like(total)
     for x, voter, w in zip(weighted, voters, weight, strict=True):
         agrees = (voter * sign).clamp_(min=0).sign_()  # 1 where it votes for the elected sign, else 0
@@ -102,4 +102,6 @@ def ties(
         share.add_(agrees, alpha=1.0 if like == "peft" else w)
     if not normalize:
         return mass
+    if min(weight) > 0.0:  # no delta agrees: 0 / tiny is 0; much faster than a masked division
+        return mass.div_(share.clamp_(min=torch.finfo(share.dtype).tiny))
     return mass.div_(share.masked_fill_(share == 0, 1.0))

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from surgery import ops
-    from surgery.errors import Failed, Refused, SurgeryError
     from surgery.api import Checkpoint, open
+    from surgery.errors import Failed, Refused, SurgeryError
     from surgery.recipe import load
 
 _HOME = {

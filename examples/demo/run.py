@@ -24,12 +24,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from data import Sizes, Task, build_tasks
 from evaluate import Judge, render, write_json
-from train import Head, Settings, Texts, class_mean_head, fine_tune, load_encoder, write_base
+from train import Head, Settings, Texts, fine_tune, linear_probe, load_encoder, write_base
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
-GRID = [(0.5, 0.4), (0.5, 0.7), (0.7, 0.2), (0.7, 0.4), (0.7, 0.7)]  # (alpha, beta) tried on validation
+Point = tuple[
+    float, float
+]  # (alpha, beta): block l of L of the summed task vectors gets alpha + beta * l / (L - 1)
+MERGES: dict[str, list[Point]] = {  # points tried on the validation split; beta = 0 is plain task arithmetic
+    "task arithmetic": [(0.7, 0.0), (0.85, 0.0), (1.0, 0.0)],
+    "task arithmetic + LiNeS": [(0.5, 0.6), (0.7, 0.2), (0.7, 0.4)],
+}
 QUICK = Sizes(train=6, val=2, test=4, packages=4), Settings(steps=2, batch=8, max_tokens=24)
 
 
@@ -38,7 +44,6 @@ def main() -> None:
     options = parse_arguments()
     work: Path = options.work
     sizes, settings = QUICK if options.quick else (Sizes(), Settings())
-    grid = GRID[:1] if options.quick else GRID
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     work.mkdir(parents=True, exist_ok=True)
@@ -49,55 +54,53 @@ def main() -> None:
         for task in tasks:
             splits = f"{len(task.train)} train, {len(task.val)} validation, {len(task.test)} test"
             print(f"  {task.name:6}  {len(task.classes)} classes; {splits}")
-
     with phase("Base model and frozen heads", seconds):
         write_base(work / "base")
         write_heads(work, tasks, settings)
-
     with phase("Fine-tuning the encoder once per task", seconds):
+        models = {"base": work / "base"}
         for seed, task in enumerate(tasks):
-            target = work / f"ft-{task.name}"
+            target = models[f"fine-tuned on {task.name}"] = work / f"ft-{task.name}"
             if options.reuse and (target / "model.safetensors").exists():
                 print(f"  {task.name:6}  found in {target}")
             else:
-                head = Head.load(work / "heads" / f"{task.name}.safetensors")
-                fine_tune(work / "base", target, task, head, settings, seed)
+                fine_tune(work / "base", target, task, Head.load(head_file(work, task)), settings, seed)
 
-    judges = {
-        split: Judge(tasks, work / "heads", work / "base", split, settings.max_tokens)
-        for split in ("val", "test")
-    }
+    def judge(split: str) -> Judge:
+        return Judge(tasks, work / "heads", work / "base", split, settings.max_tokens)
+
     for recipe in ("average.yaml", "merge.yaml"):  # paths in a recipe are relative to the recipe
         shutil.copyfile(HERE / recipe, work / recipe)
-
-    with phase("surgery: the plain average", seconds):
+    with phase("Merging: the plain average", seconds):
         surgery("plan", work / "average.yaml")
+        models["plain average"] = work / "average"
         surgery("run", work / "average.yaml", "-o", work / "average", "--overwrite")
-
-    with phase("surgery: task arithmetic + LiNeS, alpha and beta chosen on validation", seconds):
+    with phase("Merging: task arithmetic without and with LiNeS, chosen on validation", seconds):
         surgery("plan", work / "merge.yaml")
-        alpha, beta, tried = choose(work, grid, judges["val"])
-        surgery("run", work / "merge.yaml", "-o", work / "merged", "--overwrite", *setting(alpha, beta))
-
+        tried, validation = [], judge("val")
+        for name, points in MERGES.items():
+            point = choose(work, points[:1] if options.quick else points, validation, tried)
+            target = work / ("merged" if any(beta for _, beta in points) else "task-arithmetic")
+            models[f"{name} ({point[0]:g}, {point[1]:g})"] = target
+            surgery("run", work / "merge.yaml", "-o", target, "--overwrite", *setting(*point))
     with phase("Evaluation on the test split", seconds):
-        judge = judges["test"]
-        rows = [judge.row("base", work / "base")]
-        rows += [judge.row(f"fine-tuned on {task.name}", work / f"ft-{task.name}") for task in tasks]
-        rows.append(judge.row("plain average", work / "average"))
-        rows.append(judge.row(f"task arithmetic + LiNeS ({alpha:g}, {beta:g})", work / "merged"))
+        test = judge("test")
+        rows = [test.row(name, directory) for name, directory in models.items()]
 
-    counts = {task.name: judge.count(task.name) for task in tasks}
+    counts = {task.name: test.count(task.name) for task in tasks}
     ceiling = {task.name: rows[1 + i].accuracy[task.name] for i, task in enumerate(tasks)}
     table = render(rows, counts, ceiling)
     (work / "table.txt").write_text(table + "\n")
     write_json(
         work / "table.json", rows, counts, ceiling,
-        split="test", selected={"alpha": alpha, "beta": beta, "on": "validation"}, tried=tried,
+        split="test", chosen_on="validation", tried=tried,
         settings=asdict(settings), seconds=seconds, quick=options.quick,
     )  # fmt: skip
     print(f"\nAccuracy in % on the test split ({' and '.join(f'{len(t.classes)} classes' for t in tasks)}).")
     print("normalised: accuracy over that of the task's own fine-tune, averaged over the tasks.")
-    print(f"alpha and beta: best mean of {len(tried)} points on the validation split.\n\n{table}\n")
+    print(
+        f"(alpha, beta): the best mean accuracy on the validation split among the points shown.\n\n{table}\n"
+    )
     print(f"{sum(seconds.values()):.0f} s in all. Written: {work / 'table.json'} and the models beside it.")
 
 
@@ -120,29 +123,35 @@ def phase(title: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"  {seconds[title]:.0f} s", flush=True)
 
 
+def head_file(work: Path, task: Task) -> Path:
+    """Where a task's head is kept: outside the encoders, so no merge touches it."""
+    return work / "heads" / f"{task.name}.safetensors"
+
+
 def write_heads(work: Path, tasks: list[Task], settings: Settings) -> None:
-    """Class-mean heads from the base model's embeddings of the training texts, kept outside the encoders."""
+    """Linear probes on the base model's embeddings of the training texts."""
     encoder = load_encoder(work / "base")
     tokenizer = AutoTokenizer.from_pretrained(work / "base", local_files_only=True)
     for task in tasks:
-        head = class_mean_head(encoder, Texts(tokenizer, task.train, settings.max_tokens), len(task.classes))
-        head.save(work / "heads" / f"{task.name}.safetensors", task.classes)
+        head = linear_probe(encoder, Texts(tokenizer, task.train, settings.max_tokens))
+        head.save(head_file(work, task), task.classes)
         print(f"  head {task.name:6}  {tuple(head.weight.shape)}")
 
 
-def choose(work: Path, grid: list[tuple[float, float]], judge: Judge) -> tuple[float, float, list[dict]]:
-    """Merge at each (alpha, beta) of the grid; the best mean validation accuracy wins, the first on a tie."""
-    tried = []
-    trial = work / "trial"
-    for alpha, beta in grid:
-        surgery("run", work / "merge.yaml", "-o", trial, "--overwrite", *setting(alpha, beta), quiet=True)
+def choose(work: Path, points: list[Point], judge: Judge, tried: list[dict]) -> Point:
+    """The point whose merge has the best mean validation accuracy, the first on a tie; what was tried is noted."""
+    if len(points) == 1:
+        return points[0]
+    best, trial = (-1.0, points[0]), work / "trial"
+    for point in points:
+        surgery("run", work / "merge.yaml", "-o", trial, "--overwrite", *setting(*point), quiet=True)
         accuracy = judge.accuracy(trial)
-        tried.append({"alpha": alpha, "beta": beta, "validation": accuracy})
+        tried.append({"alpha": point[0], "beta": point[1], "validation": accuracy})
         scores = "  ".join(f"{task} {100 * value:.1f}" for task, value in accuracy.items())
-        print(f"  alpha {alpha:g}  beta {beta:g}  validation: {scores}", flush=True)
+        print(f"  alpha {point[0]:<4g}  beta {point[1]:<3g}  validation: {scores}", flush=True)
+        best = max(best, (sum(accuracy.values()), point), key=lambda scored: scored[0])
     shutil.rmtree(trial)
-    best = max(tried, key=lambda point: sum(point["validation"].values()))
-    return best["alpha"], best["beta"], tried
+    return best[1]
 
 
 def setting(alpha: float, beta: float) -> list[str]:

@@ -12,10 +12,9 @@ import torch
 from data import Task
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
-
-HEAD_SCALE = 20.0  # logits are cosines; this is their inverse temperature
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on the encoder's sentence embedding. It is never trained and never merged."""
+    """A linear classifier on the encoder's sentence embedding: frozen while fine-tuning, outside every merge."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -113,13 +112,12 @@ def embed_all(encoder: PreTrainedModel, texts: Texts, size: int = 64) -> torch.T
     return result
 
 
-def class_mean_head(encoder: PreTrainedModel, texts: Texts, classes: int) -> Head:
-    """Nearest class mean in the base model's embedding space, written as a linear layer."""
-    embeddings = embed_all(encoder, texts)
-    centre = embeddings.mean(0)
-    means = torch.stack([embeddings[texts.labels == c].mean(0) for c in range(classes)])
-    weight = HEAD_SCALE * F.normalize(means - centre, dim=-1)
-    return Head(weight, -(weight @ centre))
+def linear_probe(encoder: PreTrainedModel, texts: Texts) -> Head:
+    """Logistic regression on the base model's embeddings: the best its frozen features can do linearly."""
+    probe = LogisticRegression(C=10.0, max_iter=1000).fit(
+        embed_all(encoder, texts).numpy(), texts.labels.numpy()
+    )
+    return Head(torch.tensor(probe.coef_).float(), torch.tensor(probe.intercept_).float())
 
 
 def fine_tune(base: Path, target: Path, task: Task, head: Head, settings: Settings, seed: int) -> None:

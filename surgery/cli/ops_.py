@@ -31,9 +31,9 @@ def command(name: str | None, as_json: bool) -> None:
         for op in sorted(registry.values(), key=lambda o: o.name):
             click.echo(f"{op.name:<{width}}  {op.summary}")
         return
-    op = registry.get(name)
-    if op is None:
+    if name not in registry:
         raise Refused(f"there is no operator `{name}`", hint=did_you_mean(name, registry))
+    op = registry[name]
     print_json(_data(op)) if as_json else click.echo(explain(op))
 
 

@@ -86,30 +86,36 @@ class Evaluator:
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """Plain multiplications and additions in the order given: the same bits on every machine."""
-        total = self._buffer()
-        term: Array | None = None
-        for i, (coef, arg) in enumerate(zip(coefs, args, strict=True)):
-            into = total if i == 0 else term
-            if into is None:
-                into = term = self._buffer()
+        total: Array | None = None  # may be a borrowed value until something is added to it
+        spare: Array | None = None
+        for coef, arg in zip(coefs, args, strict=True):
             known = self._memo.get(id(arg))
-            if known is None and type(arg) is Read and id(arg) not in self._shared:
-                self._decode_into(arg, into)
-                known = into
-            elif known is None:
+            if known is not None or type(arg) is not Read or id(arg) in self._shared:
                 known = self.values(arg)
+                into = None
+            else:
+                into = known = spare if spare is not None else self._buffer()
+                spare = None
+                self._decode_into(arg, known)
             if not isinstance(coef, float):
+                into = into if into is not None else self._buffer()
                 self._scale_rows(known, coef, into, shape)
-            elif coef != 1.0:
-                np.multiply(known, self._work(coef), out=into)
-            elif known is not into:
-                if i > 0:
-                    np.add(total, known, out=total)
-                    continue
-                into[...] = known
-            if i > 0:
-                np.add(total, into, out=total)
-        if not args:
+                known = into
+            elif coef not in (1.0, -1.0) or (total is None and coef != 1.0):
+                into = into if into is not None else self._buffer()
+                known = np.multiply(known, self._work(coef), out=into)
+            if total is None:
+                total, owned = known, into is not None
+                continue
+            if not owned:
+                before, total, owned = total, spare if spare is not None else self._buffer(), True
+                spare = None
+            else:
+                before = total
+            (np.subtract if coef == -1.0 else np.add)(before, known, out=total)
+            spare = into if into is not None else spare
+        if total is None:
+            total = self._buffer()
             total[...] = 0
         return total
 

@@ -5,7 +5,7 @@ A program is a job of several phases: one for each pass of each statistic it nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from surgery.engine.evaluate import Disagreement, Evaluator
 from surgery.engine.pieces import WINDOW, pieces, segments
 from surgery.engine.plan import Program, traits
 from surgery.engine.profile import Profile
-from surgery.errors import Failed, Refused
+from surgery.errors import Refused
 from surgery.graph.expr import Agree, Applied, Expr, Measure, Read, walk
 from surgery.ops.statistics import At
 
@@ -67,10 +67,11 @@ class MeasurePhase(Phase):
             inputs = [evaluator.values(a) for a in part.args]
             if self._lenient:
                 inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
-            elif not all(_all_finite(x) for x in inputs):
-                raise culprit(part, start, stop, evaluator) or Failed(f"a delta of `{part.key}` overflows")
             at = evaluator.at(part)
-            self._seen[i] = (at, self._measure.statistic.observe(inputs, at))
+            try:
+                self._seen[i] = (at, self._measure.statistic.observe(inputs, at))
+            except FloatingPointError:
+                raise culprit(part, start, stop, evaluator) or _too_large(part) from None
             size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
         return size
 
@@ -140,6 +141,8 @@ class WritePhase(Phase):
                     hint="fetch or make this checkpoint again",
                 )
         self._finished(self._program, combine([d for digests in self._digests for d in digests]))
+        for measure in self._program.measures:
+            measure.statistic = None
 
 
 class ClaimPhase(Phase):
@@ -207,5 +210,8 @@ def _overflow(program: Program) -> Refused:
     )
 
 
-def _all_finite(x: Any) -> bool:
-    return bool(np.isfinite(x.max(initial=0.0)) and np.isfinite(x.min(initial=0.0)))
+def _too_large(part: Applied) -> Refused:
+    return Refused(
+        f"{part.name}: norms of `{part.key.rpartition('/')[2]}` overflow {part.dtype}",
+        hint="its values are far too large for weights; or compute in float64: output: {precision: float64}",
+    )

@@ -51,7 +51,7 @@ class Output:
         except OSError:
             raise Refused(f"{self.final}: another run is writing it", hint="wait for it, or choose another -o") from None
         before = journal.plan_of(self.directory / JOURNAL)
-        if before is None or self._overwrite and not resume:
+        if before is None or (self._overwrite and not resume):
             self._clear()
             return False
         if not resume:

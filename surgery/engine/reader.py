@@ -54,7 +54,7 @@ class Reader:
 
     def _bytes(self, stored: Stored, offset: int, out: Array) -> None:
         handle = self._handle(stored.path)
-        view, done = memoryview(out), 0
+        view, done = memoryview(out), 0  # type: ignore[arg-type]
         while done < len(view):
             try:
                 got = os.preadv(handle.fd, [view[done:]], offset + done)

@@ -184,7 +184,7 @@ def _verified(program: Program, done: dict[str, str], writer: Writer, progress: 
     if program.name not in done:
         return False
     size = program.dtype.size
-    found = []
+    found: list[bytes] = []
     for start, stop in pieces(program.shape):
         raw = np.empty((stop - start) * size, np.uint8)
         writer.read(program.name, start * size, raw)

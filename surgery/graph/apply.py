@@ -132,7 +132,7 @@ class OpNode(Node):
                     else:
                         self.dropped[name] = f"a delta without a tensor in {self._name(lacking[0])} to add it to"
                 continue
-            expr = self._combine(name, args)  # type: ignore[arg-type]
+            expr = self._combine(name, args)
             if isinstance(expr, Applied) and self.op.statistic and expr.origin is self:
                 shared = self._measure(expr, shared)
             made[name] = expr
