@@ -160,7 +160,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         if self.space == "delta" and other.space == "weights":
             return other + self
         if other.space == "weights":
-            raise Refused("weights + weights is no model", hint="surgery.ops.average(a, b), or add a difference: a + (b - base)")
+            raise Refused("weights + weights is no model", hint="surgery.ops.average(a, b), or a + (b - base)")
         return self.__surgery_op__(_ops()["add"], (self, other), {})
 
     def __mul__(self, factor: float) -> Checkpoint:

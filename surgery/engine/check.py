@@ -159,6 +159,6 @@ def _true_vocabulary(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     }
     if len(sizes) == 1 and len(grown) == 1:
         size = grown.pop()
-        plan.warnings.append(f"the vocabulary grows from {sizes.pop()} to {size} rows; check that the tokenizer has the new tokens")
+        plan.warnings.append(f"the vocabulary grows from {sizes.pop()} to {size} rows; does the tokenizer have the new tokens?")
         return configs.with_vocab_size(config, size)
     return config

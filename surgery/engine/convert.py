@@ -56,7 +56,7 @@ def decode(raw: Array, dtype: DType, out: Array) -> None:
 
 
 def encode(values: Array, dtype: DType, out: Array) -> None:
-    """`values` rounded to `dtype` into the bytes `out` (uint8). Values too large become infinite, or NaN where the type has none."""
+    """`values` rounded to `dtype` into the bytes `out` (uint8). Values too large become infinite or NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         typed(out, dtype)[...] = values
 

@@ -27,7 +27,7 @@ class Output:
         self._lock = -1
         self._check_inputs(inputs)
         if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
-            raise Refused(f"{final}: already holds something", hint="choose another -o, or --overwrite to replace it as a whole")
+            raise Refused(f"{final}: already holds something", hint="choose another -o, or --overwrite to replace it whole")
         if resume and not self.directory.is_dir():
             raise Refused(f"{self.directory}: there is no unfinished run to resume", hint="run without --resume")
 

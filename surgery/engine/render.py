@@ -74,7 +74,8 @@ def profile_text(plan: Plan, profile: Profile, seconds: float, peak: int) -> str
     """The same tree with what was measured."""
     lines = [tree_text(plan, profile)]
     for step, (spent, size) in sorted(profile.steps.items()):
-        lines.append(f"{step:<8} {spent * 1e3:8.0f} ms of worker time   {amount(size)}   {size / max(spent, 1e-9) / 1e9:.1f} GB/s")
+        rate = size / max(spent, 1e-9) / 1e9
+        lines.append(f"{step:<8} {spent * 1e3:8.0f} ms of worker time   {amount(size)}   {rate:.1f} GB/s")
     moved = sum(size for _, size in profile.steps.values())
     lines.append(f"{'total':<8} {seconds * 1e3:8.0f} ms   {moved / seconds / 1e9:.1f} GB/s   peak memory {amount(peak)}")
     return "\n".join(lines)
@@ -93,8 +94,8 @@ def _counts(plan: Plan) -> dict[int, int]:
 
 def _inputs(plan: Plan) -> Iterator[str]:
     for use in plan.uses:
-        parts = [f"{use.computed} computed with", f"{use.passed} copied"]
-        yield f"INPUT {use.source.label}: {use.total} tensors: {', '.join(parts)}, {len(use.refused)} left out   {use.source.location}"
+        parts = f"{use.computed} computed with, {use.passed} copied, {len(use.refused)} left out"
+        yield f"INPUT {use.source.label}: {use.total} tensors: {parts}   {use.source.location}"
         reasons: dict[str, list[str]] = {}
         for name, reason in use.refused.items():
             reasons.setdefault(reason, []).append(name)

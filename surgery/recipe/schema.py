@@ -115,5 +115,6 @@ def _number(param: Param) -> dict[str, Any]:
 def shape_only(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema without what operators check themselves, with better words: steps keep only `op` and `of`."""
     made = dict(schema)
-    made["$defs"] = {"step": {"type": "object", "required": ["op", "of"], "properties": {"of": _NAMES, "op": {"type": "string"}}}}
+    step = {"type": "object", "required": ["op", "of"], "properties": {"of": _NAMES, "op": {"type": "string"}}}
+    made["$defs"] = {"step": step}
     return made

@@ -1,0 +1,216 @@
+"""Streaming through one checkpoint to see whether its numbers are sound; nothing is written.
+
+Also what scans and comparisons share: how tensors are grouped into layers, and how jobs are run over files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from surgery.checkpoint.source import Source
+from surgery.checkpoint.stored import Stored
+from surgery.checkpoint.structure import Shape, structure_of
+from surgery.engine import convert
+from surgery.engine.convert import Array
+from surgery.engine.evaluate import Evaluator
+from surgery.engine.execute import Executor, Job
+from surgery.engine.jobs import Phase
+from surgery.engine.pieces import pieces, segments
+from surgery.engine.reader import Reader
+from surgery.errors import Refused
+from surgery.graph.expr import Read
+from surgery.ops.statistics import dot
+
+Progress = Callable[[int], None]
+_SQUARES = (1e-12, 1e16)  # magnitudes whose squares are summed in float32 without loss
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one tensor holds. low, high, rms: of the finite values, None where there is none (or no number).
+
+    zero: all elements are zero. dead: rows of a matrix that are all zero, out of `rows`; first_dead: the first few.
+    """
+
+    name: str
+    count: int
+    nan: int
+    inf: int
+    zero: bool
+    rows: int
+    dead: int
+    first_dead: tuple[int, ...]
+    low: float | None
+    high: float | None
+    rms: float | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What is unusual about it, in words; empty when nothing is."""
+        found = [f"{self.nan:,} NaN"] if self.nan else []
+        found += [f"{self.inf:,} infinite"] if self.inf else []
+        if self.zero:
+            found.append("all zero")
+        elif self.dead:
+            at = ", ".join(map(str, self.first_dead)) + (", …" if self.dead > len(self.first_dead) else "")
+            found.append(f"{self.dead:,} of {self.rows:,} rows all zero ({at})")
+        return found
+
+
+def scan(source: Source, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Scan]:
+    """Read every tensor once, in pieces, and say what it holds: name -> Scan, in file order."""
+    phases = {stored.name: ScanPhase(source, stored) for stored in source.tensors.values()}
+    stream(source.files, phases.values(), threads=threads, progress=progress)
+    return {name: phase.result for name, phase in phases.items()}
+
+
+class ScanPhase(Phase):
+    """One pass over one tensor."""
+
+    result: Scan
+
+    def __init__(self, source: Source, stored: Stored) -> None:
+        self._expr, self._stored = Read(source, stored, None), stored
+        self._rows, self._row = stored.shape if len(stored.shape) == 2 else (0, 0)
+        self._alive = np.zeros(self._rows, bool)
+        self._pieces = pieces(stored.shape)
+        self._seen: list[_Seen] = [_EMPTY] * len(self._pieces)
+        self._runs = segments(len(self._pieces))
+        self.tasks = len(self._runs)
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        size = 0
+        dtype = self._stored.dtype
+        for i in self._runs[task]:
+            start, stop = self._pieces[i]
+            evaluator.begin(start, stop, wide=dtype.name == "F64")
+            if dtype.is_float:
+                values = evaluator.values(self._expr)
+            else:
+                values = convert.typed(evaluator.raw(self._expr), dtype)
+            self._seen[i] = _look(values, dtype.kind)
+            if self._rows and self._row:
+                self._note_rows(values, start)
+            size += (stop - start) * dtype.size
+        return size
+
+    def _note_rows(self, values: Array, start: int) -> None:
+        """Rows of this piece with a value other than zero; a piece is whole rows or lies inside one."""
+        first, inside = divmod(start, self._row)
+        if inside == 0 and len(values) % self._row == 0:
+            grid = values.reshape(-1, self._row)
+            self._alive[first : first + len(grid)] = grid.any(axis=1)
+        elif values.any():
+            self._alive[first] = True
+
+    def conclude(self) -> None:
+        seen, stored = self._seen, self._stored
+        numbers = sum(s.numbers for s in seen)
+        lows, highs = [s.low for s in seen if s.low is not None], [s.high for s in seen if s.high is not None]
+        dead = np.flatnonzero(~self._alive) if self._row else np.empty(0, int)
+        self.result = Scan(
+            name=stored.name,
+            count=stored.numel,
+            nan=sum(s.nan for s in seen),
+            inf=sum(s.inf for s in seen),
+            zero=stored.numel > 0 and not any(s.any for s in seen),
+            rows=self._rows,
+            dead=len(dead),
+            first_dead=tuple(map(int, dead[:5])),
+            low=min(lows, default=None),
+            high=max(highs, default=None),
+            rms=math.sqrt(math.fsum(s.squares for s in seen) / numbers) if numbers else None,
+        )
+        self._seen, self._alive = [], np.empty(0, bool)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of one piece. numbers: how many finite values `squares` sums over."""
+
+    nan: int = 0
+    inf: int = 0
+    any: bool = False
+    low: float | None = None
+    high: float | None = None
+    numbers: int = 0
+    squares: float = 0.0
+
+
+_EMPTY = _Seen()
+
+
+def _look(values: Array, kind: str) -> _Seen:
+    if not values.size:
+        return _EMPTY
+    if kind == "complex":
+        nan = np.isnan(values)
+        return _Seen(int(nan.sum()), int((np.isinf(values) & ~nan).sum()), bool(values.any()))
+    if kind != "float":
+        low, high = int(values.min()), int(values.max())
+        return _Seen(any=bool(low or high), low=low, high=high)
+    low, high = float(values.min()), float(values.max())
+    nan = inf = 0
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = np.isfinite(values)
+        nan = int(np.isnan(values).sum())
+        inf = len(values) - int(finite.sum()) - nan
+        values = values[finite]
+        if not values.size:
+            return _Seen(nan, inf, True)
+        low, high = float(values.min()), float(values.max())
+    alive = bool(low or high or nan or inf)
+    return _Seen(nan, inf, alive, low, high, len(values), inner(values, values, max(-low, high)))
+
+
+def inner(a: Array, b: Array, peak: float) -> float:
+    """Inner product of two flat arrays; in float64 if products of magnitudes like `peak` leave float32's range."""
+    if peak == 0.0:
+        return 0.0
+    if a.dtype == np.float64 or _SQUARES[0] < peak < _SQUARES[1]:
+        with np.errstate(over="ignore"):
+            return dot(a, b)
+    return dot(a.astype(np.float64), b.astype(np.float64))
+
+
+def layers(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Tensors by layer, in the order in which the model runs: block path, or module outside the blocks -> names."""
+    structure = structure_of(shapes)
+    order = {tower.prefix: i for i, tower in enumerate(structure.towers)}
+    placed = []
+    for i, name in enumerate(shapes):
+        found = structure.block(name)
+        if found is not None:
+            tower, index = found
+            placed.append(((1, order[tower.prefix], index, i), tower.blocks[index], name))
+        else:
+            side = 0 if structure.position(name) < 0.5 else 2
+            placed.append(((side, 0, 0, i), name.rpartition(".")[0] or name, name))
+    groups: dict[str, list[str]] = {}
+    for _, layer, name in sorted(placed, key=lambda item: item[0]):
+        groups.setdefault(layer, []).append(name)
+    return groups
+
+
+def stream(files: Mapping[str, Any], phases: Iterable[Phase], *, threads: int | None, progress: Progress | None) -> None:
+    """Carry out independent phases over `files` with several workers."""
+    if threads is not None and threads < 1:
+        raise Refused(f"threads must be at least 1, got {threads}")
+    reader = Reader(files)
+    workers = threads or len(os.sched_getaffinity(0))
+    try:
+        executor = Executor(workers, lambda: Evaluator(reader), room=0, progress=progress or (lambda n: None))
+        executor.run(Job(partial(_itself, phase)) for phase in phases)
+    finally:
+        reader.close()
+
+
+def _itself(phase: Phase) -> Phase:
+    return phase
