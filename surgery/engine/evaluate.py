@@ -19,6 +19,8 @@ from surgery.engine.digest import piece_digests
 from surgery.engine.pieces import PIECE
 from surgery.engine.profile import Profile
 from surgery.engine.reader import Reader
+from surgery.engine.torch_threads import worker_torch
+from surgery.errors import Failed
 from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
 from surgery.ops.eager import row_length
 from surgery.ops.statistics import At
@@ -158,8 +160,7 @@ class Evaluator:
             kept = [(c if isinstance(c, np.ndarray) and c.ndim else float(c), a) for c, a in zip(coefs, expr.args, strict=True)]
             kept = [(c, a) for c, a in kept if not (isinstance(c, float) and c == 0.0)]
             return self._sum([c for c, _ in kept], [a for _, a in kept], expr.shape)
-        import torch
-
+        torch = worker_torch()
         if "at" in op.needs:
             measured["at"] = self.at(expr)
         tensors = [torch.from_numpy(self.values(a)) for a in expr.args]
@@ -185,8 +186,7 @@ class Evaluator:
             self._fetch(expr, out)
             return out
         if isinstance(expr, Literal):
-            import torch
-
+            torch = worker_torch()
             flat: Array = expr.tensor.reshape(-1)[self._start : self._stop].view(torch.uint8).numpy()
             return flat
         if isinstance(expr, Agree):
@@ -202,10 +202,7 @@ class Evaluator:
         return out
 
     def _mapped(self, expr: Mapped) -> Array:
-        import torch
-
-        from surgery.errors import Failed
-
+        torch = worker_torch()
         (arg,) = expr.args
         given = torch.from_numpy(self.raw(arg).copy()).view(getattr(torch, arg.dtype.torch)).reshape(arg.shape)
         code = getattr(expr.function, "__code__", None)

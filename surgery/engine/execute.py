@@ -14,6 +14,7 @@ from typing import Any
 
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.jobs import Phase
+from surgery.engine.torch_threads import threads_restored
 
 
 class Job:
@@ -64,9 +65,10 @@ class Executor:
         for worker in workers:
             worker.start()
         try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
+            with threads_restored():
+                for worker in workers:
+                    while worker.is_alive():
+                        worker.join(0.2)
         except BaseException:
             with self._lock:
                 self._stop = True
