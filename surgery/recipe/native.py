@@ -128,7 +128,7 @@ def _check_used(document: Document, node: Node, known: Mapping[str, Node]) -> No
         here = stack.pop()
         used.add(id(here))
         stack.extend(here.inputs)
-    for name, other in known.items():
+    for name, other in sorted(known.items(), key=lambda item: isinstance(item[1], SourceNode)):
         if id(other) not in used:
             kind = "models" if isinstance(other, SourceNode) else "steps"
             raise Refused(
