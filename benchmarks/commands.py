@@ -35,13 +35,13 @@ from measure import (
 from operations import operations, recipe, write_recipe
 
 LIMITS = {
-    "help seconds": 0.4,
+    "help seconds": 0.25,
     "help MB": 80.0,
     "help heavy imports": 0.0,
-    "plan seconds": 10.0,
-    "plan MB": 600.0,
-    "small seconds": 10.0,
-    "memory growth": 1.25,
+    "plan seconds": 4.0,
+    "plan MB": 400.0,
+    "small seconds": 5.0,
+    "memory growth": 1.1,
 }
 """What each bar may come to. Seconds are of a 2-core machine."""
 

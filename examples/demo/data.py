@@ -14,7 +14,7 @@ import random
 import re
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +55,17 @@ class Sizes:
     packages: int = 16
 
 
-def build_tasks(sizes: Sizes, seed: int = 0) -> list[Task]:
-    """Both tasks, the same for the same Python version, sizes and seed."""
+def build_tasks(sources: Iterable[tuple[Path, str]], sizes: Sizes, seed: int = 0) -> list[Task]:
+    """Both tasks, the same for the same sources, sizes and seed."""
     docstrings: list[Example] = []
     calls: list[Example] = []
-    for path, source in stdlib_sources():
+    for path, source in sources:
         try:
-            tree = ast.parse(source)
+            nodes = list(ast.walk(ast.parse(source)))
         except SyntaxError:  # a file kept broken on purpose
             continue
-        docstrings += docstring_examples(path, tree)
-        calls += call_examples(path, source, tree)
+        docstrings += docstring_examples(path, nodes)
+        calls += call_examples(path, source, nodes)
     return [
         make_task("module", docstrings, sizes, seed, classes=sizes.packages),
         make_task("call", calls, sizes, seed, classes=len(BUILTINS)),
@@ -81,10 +81,10 @@ def stdlib_sources() -> Iterator[tuple[Path, str]]:
             yield inside, path.read_text(encoding="utf-8", errors="replace")
 
 
-def docstring_examples(path: Path, tree: ast.Module) -> Iterator[Example]:
+def docstring_examples(path: Path, nodes: list[ast.AST]) -> Iterator[Example]:
     """Docstrings of functions, methods and classes, labelled with the top-level package or module."""
     package = re.sub("^_(py)?", "", path.parts[0].removesuffix(".py"))  # _pydecimal is decimal
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             text = " ".join((ast.get_docstring(node) or "").split())
             text = mask_name(mask_name(text, package), path.stem)
@@ -98,10 +98,10 @@ def mask_name(text: str, name: str) -> str:
     return re.sub(pattern, MASK, text, flags=re.IGNORECASE)
 
 
-def call_examples(path: Path, source: str, tree: ast.Module) -> Iterator[Example]:
+def call_examples(path: Path, source: str, nodes: list[ast.AST]) -> Iterator[Example]:
     """Calls of a builtin with the lines before and after, unless the name can be read elsewhere in them."""
     lines = source.splitlines()
-    for node in ast.walk(tree):
+    for node in nodes:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BUILTINS):
             continue
         name, row = node.func, node.lineno - 1

@@ -78,9 +78,7 @@ def render(rows: list[Row], counts: dict[str, int], ceiling: dict[str, float]) -
     return "\n".join("  ".join(line) for line in lines)
 
 
-def write_json(
-    path: Path, rows: list[Row], counts: dict[str, int], ceiling: dict[str, float], **more: object
-) -> None:
+def write_json(path: Path, rows: list[Row], counts: dict[str, int], ceiling: dict[str, float], **more: object) -> None:
     """The table and how it came about, for programs."""
     table = [{**asdict(row), "mean": row.mean, "normalised": row.normalised(ceiling)} for row in rows]
     versions = {"python": platform.python_version(), "torch": torch.__version__}

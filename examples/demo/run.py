@@ -22,16 +22,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from data import Sizes, Task, build_tasks
+from data import Sizes, Task, build_tasks, stdlib_sources
 from evaluate import Judge, render, write_json
 from train import Head, Settings, Texts, fine_tune, linear_probe, load_encoder, write_base
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
-Point = tuple[
-    float, float
-]  # (alpha, beta): block l of L of the summed task vectors gets alpha + beta * l / (L - 1)
+Point = tuple[float, float]  # (alpha, beta), as in merge.yaml
 MERGES: dict[str, list[Point]] = {  # points tried on the validation split; beta = 0 is plain task arithmetic
     "task arithmetic": [(0.7, 0.0), (0.85, 0.0), (1.0, 0.0)],
     "task arithmetic + LiNeS": [(0.5, 0.6), (0.7, 0.2), (0.7, 0.4)],
@@ -50,7 +48,8 @@ def main() -> None:
     seconds: dict[str, float] = {}
 
     with phase("Data: two tasks from the standard library", seconds):
-        tasks = build_tasks(sizes, seed=0)
+        sources = list(stdlib_sources())
+        tasks = build_tasks(sources[::4] if options.quick else sources, sizes, seed=0)
         for task in tasks:
             splits = f"{len(task.train)} train, {len(task.val)} validation, {len(task.test)} test"
             print(f"  {task.name:6}  {len(task.classes)} classes; {splits}")
@@ -98,9 +97,7 @@ def main() -> None:
     )  # fmt: skip
     print(f"\nAccuracy in % on the test split ({' and '.join(f'{len(t.classes)} classes' for t in tasks)}).")
     print("normalised: accuracy over that of the task's own fine-tune, averaged over the tasks.")
-    print(
-        f"(alpha, beta): the best mean accuracy on the validation split among the points shown.\n\n{table}\n"
-    )
+    print(f"(alpha, beta): of the points above, the one with the best mean validation accuracy.\n\n{table}\n")
     print(f"{sum(seconds.values()):.0f} s in all. Written: {work / 'table.json'} and the models beside it.")
 
 
@@ -139,7 +136,7 @@ def write_heads(work: Path, tasks: list[Task], settings: Settings) -> None:
 
 
 def choose(work: Path, points: list[Point], judge: Judge, tried: list[dict]) -> Point:
-    """The point whose merge has the best mean validation accuracy, the first on a tie; what was tried is noted."""
+    """The point whose merge has the best mean validation accuracy, the first on a tie; notes what it tried."""
     if len(points) == 1:
         return points[0]
     best, trial = (-1.0, points[0]), work / "trial"

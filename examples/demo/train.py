@@ -31,7 +31,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on the encoder's sentence embedding: frozen while fine-tuning, outside every merge."""
+    """A linear classifier on the encoder's sentence embedding: never fine-tuned, never merged."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -114,9 +114,8 @@ def embed_all(encoder: PreTrainedModel, texts: Texts, size: int = 64) -> torch.T
 
 def linear_probe(encoder: PreTrainedModel, texts: Texts) -> Head:
     """Logistic regression on the base model's embeddings: the best its frozen features can do linearly."""
-    probe = LogisticRegression(C=10.0, max_iter=1000).fit(
-        embed_all(encoder, texts).numpy(), texts.labels.numpy()
-    )
+    features = embed_all(encoder, texts).numpy()
+    probe = LogisticRegression(C=10.0, max_iter=1000).fit(features, texts.labels.numpy())
     return Head(torch.tensor(probe.coef_).float(), torch.tensor(probe.intercept_).float())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ class Comparison:
 def compare(a: Source, b: Source, *, threads: int | None = None, progress: Progress | None = None) -> Comparison:
     """Read what both have, once and in pieces, and sum up how it differs."""
     pairs, only_a, only_b = match(a, b)
-    phases = [ComparePhase(a, b, pair) for pair in pairs.values() if pair.problem is None]
+    phases = (partial(ComparePhase, a, b, pair) for pair in pairs.values() if pair.problem is None)
     stream({**a.files, **b.files}, phases, threads=threads, progress=progress)
     shapes = {n: p.a.shape for n, p in pairs.items()} | {n: t.shape for n, t in (only_a | only_b).items()}
     in_order = [*a.tensors, *(n for n in b.tensors if n not in a.tensors), *shapes]
@@ -238,7 +238,6 @@ class ComparePhase(Phase):
             pair.equal = pair.change.changed == 0
         else:
             pair.equal = all(seen)
-        self._seen = []
 
 
 def measure(a: Array, b: Array, scratch: Array) -> Change:

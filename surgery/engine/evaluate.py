@@ -87,7 +87,12 @@ class Evaluator:
         return self._sum(expr.coefs, expr.args, expr.shape)
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
-        """Plain multiplications and additions in the order given: the same bits on every machine."""
+        """Plain multiplications and additions in a fixed order: the same bits on every machine."""
+        sums = np.asarray(sum(coefs))
+        if len(args) > 1 and np.all(np.abs(sums - 1.0) < 1e-9):
+            return self._anchored(coefs, args, shape)
+        if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
+            coefs, args = [*coefs[1:], coefs[0]], [*args[1:], args[0]]
         total: Array | None = None  # may be a borrowed value until something is added to it
         spare: Array | None = None
         for coef, arg in zip(coefs, args, strict=True):
@@ -120,6 +125,36 @@ class Evaluator:
             total = self._buffer()
             total[...] = 0
         return total
+
+    def _anchored(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
+        """A sum whose coefficients sum to one, as a_0 + sum_i c_i (a_i - a_0).
+
+        Differences of related models are small and exact; only the last addition rounds, so that a result that lies midway
+        between two storable numbers stays there and is rounded to even like an exact one.
+        """
+        base = self.values(args[0])
+        moved: Array | None = None
+        spare: Array | None = None
+        for coef, arg in zip(coefs[1:], args[1:], strict=True):
+            into = spare if spare is not None else self._buffer()
+            spare = None
+            if type(arg) is Read and id(arg) not in self._shared and id(arg) not in self._memo:
+                self._decode_into(arg, into)
+                np.subtract(into, base, out=into)
+            else:
+                np.subtract(self.values(arg), base, out=into)
+            if not isinstance(coef, float):
+                self._scale_rows(into, coef, into, shape)
+            elif coef != 1.0:
+                np.multiply(into, self._work(coef), out=into)
+            if moved is None:
+                moved = into
+            else:
+                np.add(moved, into, out=moved)
+                spare = into
+        assert moved is not None
+        np.add(moved, base, out=moved)
+        return moved
 
     def _scale_rows(self, values: Array, factors: Array, out: Array, shape: tuple[int, ...]) -> None:
         row = row_length(shape) or 1

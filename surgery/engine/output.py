@@ -23,6 +23,7 @@ class Output:
     def __init__(self, final: Path, inputs: Iterable[Path], *, resume: bool, overwrite: bool) -> None:
         self.final = final
         self.directory = final.with_name(final.name + PARTIAL)
+        self._replaced = final.with_name(final.name + ".replaced")
         self._overwrite = overwrite
         self._lock = -1
         self._check_inputs(inputs)
@@ -33,9 +34,10 @@ class Output:
 
     def _check_inputs(self, inputs: Iterable[Path]) -> None:
         for path in inputs:
-            here, final = path.resolve(), self.final.resolve()
-            if final == here or here in final.parents or final in here.parents:
-                raise Refused(f"{self.final}: the output is, holds or lies in the input {path}", hint="choose another -o")
+            here = path.resolve()
+            for ours in (self.final.resolve(), self.directory.resolve(), self._replaced.resolve()):
+                if ours == here or here in ours.parents or ours in here.parents:
+                    raise Refused(f"{ours}: the output is, holds or lies in the input {path}", hint="choose another -o")
 
     def claim(self, token: str, *, resume: bool) -> bool:
         """Take the partial directory for a run of plan `token`; True if there is work in it to go on from."""
@@ -49,7 +51,15 @@ class Output:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.release()
             raise Refused(f"{self.final}: another run is writing it", hint="wait for it, or choose another -o") from None
+        try:
+            return self._going_on(token, resume=resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _going_on(self, token: str, *, resume: bool) -> bool:
         before = journal.plan_of(self.directory / JOURNAL)
         if before is None or (self._overwrite and not resume):
             self._clear()
@@ -83,7 +93,7 @@ class Output:
         """Make the output visible at its place, whole, in one step; what was there before is removed after."""
         (self.directory / JOURNAL).unlink()
         (self.directory / LOCK).unlink()
-        old = self.final.with_name(self.final.name + ".replaced")
+        old = self._replaced
         if self.final.exists():
             if old.exists():
                 shutil.rmtree(old)

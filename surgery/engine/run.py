@@ -71,7 +71,7 @@ def run(
     began = time.perf_counter()
     workers, room = _workers(plan, memory, threads)
     final = Path(out)
-    inputs = [u.source.directory or Path(next(iter(u.source.files))) for u in plan.uses]
+    inputs = [_place(u.source) for u in plan.uses]
     target = Output(final, inputs, resume=resume, overwrite=overwrite)
     going_on = target.claim(plan.token, resume=resume)
     meter = Profile() if profile else None
@@ -81,15 +81,31 @@ def run(
         _finish(plan, target.directory, done)
         target.publish()
     except Refused:
-        target.abandon()
+        target.release() if going_on else target.abandon()
         raise
     except BaseException:
         target.release()
         raise
     resumed = len(plan.programs) if going_on else 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _peak_memory()
     seconds = time.perf_counter() - began
     return Report(final, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak, meter)
+
+
+def _peak_memory() -> int:
+    """Most resident bytes of this process so far. (`ru_maxrss` alone would count the parent's, from before exec.)"""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _place(source: Source) -> Path:
+    """The file or directory that an output must not touch: of a bare weight file only the file itself."""
+    file = Path(next(iter(source.files)))
+    named = len(source.files) == 1 and Path(source.location).expanduser() == file
+    return file if named or source.directory is None else source.directory
 
 
 def _workers(plan: Plan, memory: str | int | None, threads: int | None) -> tuple[int, int]:

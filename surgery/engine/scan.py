@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.source import Source
-from surgery.checkpoint.stored import Stored
-from surgery.checkpoint.structure import Shape, structure_of
+from surgery.checkpoint.config import subconfigs
+from surgery.checkpoint.source import FileState, Source
+from surgery.checkpoint.structure import Shape, Structure, structure_of
+from surgery.checkpoint.ties import tie_flag
+from surgery.checkpoint.vocabulary import vocabulary_rows
 from surgery.engine import convert
 from surgery.engine.convert import Array
 from surgery.engine.evaluate import Evaluator
@@ -29,6 +32,9 @@ from surgery.graph.expr import Read
 from surgery.ops.statistics import dot
 
 Progress = Callable[[int], None]
+_TELLING = ("architectures", "model_type", "torch_dtype", "dtype", "hidden_size", "intermediate_size")
+_TELLING += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_TELLING += ("tie_word_embeddings", "max_position_embeddings")
 _SQUARES = (1e-12, 1e16)  # magnitudes whose squares are summed in float32 without loss
 
 
@@ -51,6 +57,20 @@ class Scan:
     high: float | None
     rms: float | None
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "nan": self.nan,
+            "inf": self.inf,
+            "all_zero": self.zero,
+            "rows": self.rows,
+            "dead_rows": self.dead,
+            "first_dead_rows": list(self.first_dead),
+            "min": self.low,
+            "max": self.high,
+            "rms": self.rms,
+            "problems": self.problems,
+        }
+
     @property
     def problems(self) -> list[str]:
         """What is unusual about it, in words; empty when nothing is."""
@@ -66,18 +86,26 @@ class Scan:
 
 def scan(source: Source, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Scan]:
     """Read every tensor once, in pieces, and say what it holds: name -> Scan, in file order."""
-    phases = {stored.name: ScanPhase(source, stored) for stored in source.tensors.values()}
-    stream(source.files, phases.values(), threads=threads, progress=progress)
-    return {name: phase.result for name, phase in phases.items()}
+    found: dict[str, Scan] = {}
+
+    def put(name: str, result: Scan) -> None:
+        found[name] = result
+
+    stream(
+        source.files,
+        (partial(ScanPhase, source, name, put) for name in source.tensors),
+        threads=threads,
+        progress=progress,
+    )
+    return {name: found[name] for name in source.tensors}
 
 
 class ScanPhase(Phase):
-    """One pass over one tensor."""
+    """One pass over one tensor; `put(name, scan)` is called at its end."""
 
-    result: Scan
-
-    def __init__(self, source: Source, stored: Stored) -> None:
-        self._expr, self._stored = Read(source, stored, None), stored
+    def __init__(self, source: Source, name: str, put: Callable[[str, Scan], None]) -> None:
+        stored = source.tensors[name]
+        self._expr, self._stored, self._name, self._put = Read(source, stored, None), stored, name, put
         self._rows, self._row = stored.shape if len(stored.shape) == 2 else (0, 0)
         self._alive = np.zeros(self._rows, bool)
         self._pieces = pieces(stored.shape)
@@ -115,8 +143,8 @@ class ScanPhase(Phase):
         numbers = sum(s.numbers for s in seen)
         lows, highs = [s.low for s in seen if s.low is not None], [s.high for s in seen if s.high is not None]
         dead = np.flatnonzero(~self._alive) if self._row else np.empty(0, int)
-        self.result = Scan(
-            name=stored.name,
+        result = Scan(
+            name=self._name,
             count=stored.numel,
             nan=sum(s.nan for s in seen),
             inf=sum(s.inf for s in seen),
@@ -128,7 +156,7 @@ class ScanPhase(Phase):
             high=max(highs, default=None),
             rms=math.sqrt(math.fsum(s.squares for s in seen) / numbers) if numbers else None,
         )
-        self._seen, self._alive = [], np.empty(0, bool)
+        self._put(self._name, result)
 
 
 @dataclass(frozen=True)
@@ -199,18 +227,88 @@ def layers(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     return groups
 
 
-def stream(files: Mapping[str, Any], phases: Iterable[Phase], *, threads: int | None, progress: Progress | None) -> None:
-    """Carry out independent phases over `files` with several workers."""
+def stream(
+    files: Mapping[str, FileState],
+    phases: Iterable[Callable[[], Phase]],
+    *,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    """Carry out independent phases over `files` with several workers; each is made when its turn has come."""
     if threads is not None and threads < 1:
         raise Refused(f"threads must be at least 1, got {threads}")
     reader = Reader(files)
     workers = threads or len(os.sched_getaffinity(0))
     try:
         executor = Executor(workers, lambda: Evaluator(reader), room=0, progress=progress or (lambda n: None))
-        executor.run(Job(partial(_itself, phase)) for phase in phases)
+        executor.run(map(Job, phases))
     finally:
         reader.close()
 
 
-def _itself(phase: Phase) -> Phase:
-    return phase
+def overview(source: Source, scans: Mapping[str, Scan] | None = None) -> dict[str, Any]:
+    """What the headers and the config say of a checkpoint, with what a scan found, as plain data."""
+    shapes = {name: t.shape for name, t in source.tensors.items()}
+    structure = structure_of(shapes)
+    grouped = layers(shapes)
+    sizes = {layer: sum(source.tensors[n].numel for n in names) for layer, names in grouped.items()}
+    dtypes: dict[str, dict[str, int]] = {}
+    for t in source.tensors.values():
+        kind = dtypes.setdefault(t.dtype.torch, {"tensors": 0, "bytes": 0})
+        kind["tensors"] += 1
+        kind["bytes"] += t.nbytes
+    held = Counter(t.path for t in source.tensors.values())
+    in_order = [name for names in grouped.values() for name in names]
+    rows = vocabulary_rows(shapes, source.config)
+    return {
+        "source": source.location,
+        "revision": source.revision,
+        "fingerprint": source.fingerprint,
+        "parameters": sum(t.numel for t in source.tensors.values()),
+        "bytes": source.nbytes,
+        "files": [
+            {"name": os.path.basename(path), "size": state.size, "tensors": held[path]}
+            for path, state in source.files.items()
+        ],
+        "dtypes": dtypes,
+        "config": _highlights(source.config),
+        "towers": [
+            {
+                "prefix": tower.prefix,
+                "depth": tower.depth,
+                "blocks": list(tower.blocks),
+                "block_parameters": [sizes[block] for block in tower.blocks],
+            }
+            for tower in structure.towers
+        ],
+        "tied": {"declared": tie_flag(source.config), "stored_once": dict(source.aliases)},
+        "vocabulary": {name: shapes[name][axis] for name, axis in rows.items()},
+        "scanned": scans is not None,
+        "tensors": [_tensor(source, structure, name, scans) for name in in_order],
+    }
+
+
+def _tensor(
+    source: Source, structure: Structure, name: str, scans: Mapping[str, Scan] | None
+) -> dict[str, Any]:
+    t = source.tensors[name]
+    found = structure.block(name)
+    place = None
+    if found is not None:
+        tower, index = found
+        rest = name.removeprefix(tower.blocks[index] + ".")
+        place = {"tower": tower.prefix, "index": index, "path": tower.blocks[index], "rest": rest}
+    made: dict[str, Any] = {"name": name, "dtype": t.dtype.torch, "shape": list(t.shape), "bytes": t.nbytes}
+    made |= {"file": os.path.basename(t.path), "block": place}
+    return made if scans is None else made | {"scan": scans[name].as_dict()}
+
+
+def _highlights(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The few keys of a config that say what kind of model this is; those of parts under `part.key`."""
+    made: dict[str, Any] = {}
+    for path, part in subconfigs(config or {}):
+        made |= {".".join((*path, key)): part[key] for key in _TELLING if part.get(key) is not None}
+        quantized = part.get("quantization_config")
+        if isinstance(quantized, Mapping):
+            made[".".join((*path, "quantization"))] = quantized.get("quant_method", "yes")
+    return made

@@ -44,13 +44,13 @@ def test_task_arithmetic_over_depth_and_names_is_the_float64_result_rounded_once
     steps = """
     da: {op: diff, of: [a, base]}
     db: {op: diff, of: [b, base]}
-    sum: {op: add, of: [da, db], weight: [[[0.25, 1.0]], {"*mlp*": 0.5, "*norm*": [1.0, 0.0], "*": 2.0}]}
+    part: {op: scale, of: da, by: [0.25, 1.0]}
+    sum: {op: add, of: [part, db], weight: [{"*mlp*": 0.5, "*norm*": [1.0, 0.0], "*": 2.0}]}
     scaled: {op: lines, of: sum, alpha: 0.5, beta: 0.25}
     out: {op: add, of: [base, scaled], weight: 0.75}
     """
-    run(recipe(tmp_path, steps.replace("[[[0.25, 1.0]], ", "[[0.25, 1.0], "), output="{from: out, precision: float64}"),
-        tmp_path / "out")  # fmt: skip
-    run(recipe(tmp_path, steps.replace("[[[0.25, 1.0]], ", "[[0.25, 1.0], ")), tmp_path / "single")
+    run(recipe(tmp_path, steps, output="{from: out, precision: float64}"), tmp_path / "out")
+    run(recipe(tmp_path, steps), tmp_path / "single")
     made, single = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "single")
     base, a, b = ({n: v.astype(np.float64) for n, v in read_checkpoint(tmp_path / m).items()} for m in ("base", "a", "b"))
     assert list(made.keys()) and made.keys() == base.keys()
@@ -198,7 +198,7 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "surgery.yaml").read_text() == path.read_text()
     manifest = json.loads((tmp_path / "out" / "surgery.json").read_text())
     assert manifest["tensors"].keys() == read_checkpoint(tmp_path / "out").keys()
-    assert [i["name"] for i in manifest["inputs"]] == ["a", "base"]
+    assert [i["name"] for i in manifest["inputs"]] == ["base", "a"]
     assert report.tensors == 12 and report.out == tmp_path / "out"
 
 
