@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,7 @@ class Param:
             return None if ok else "must be a map of tensor-name glob to input name"
         if isinstance(value, str) and value in self.words:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             return f"must be a finite {self.kind}" + "".join(f" or `{w}`" for w in self.words)
         if self.kind == "integer" and int(value) != value:
             return "must be a whole number"
@@ -164,7 +165,7 @@ class Op:
             raise ValueError(f"{self.name} has no parameter `{min(unknown)}`")
         values = {p.name: p.default for p in self.params} | dict(given)
         for switch, table in self.presets.items():
-            values |= {k: v for k, v in table.get(values[switch], {}).items() if given.get(k) is None}
+            values |= {k: v for k, v in table.get(str(values[switch]), {}).items() if given.get(k) is None}
         for name, value in values.items():
             if value is REQUIRED:
                 raise ValueError(f"{self.name} needs `{name}`")

@@ -64,11 +64,12 @@ def apply_to_tensors(
             pass
         extra["measured"] = statistic.result(0)
     if not op.linear:
-        return op.function(flat, **values, **extra).reshape(shape)
+        made = op.function(flat, **values, **extra)
+        return (made.clone() if any(made is x for x in flat) else made).reshape(shape)
     made = torch.zeros_like(flat[0])
     for x, c in zip(flat, op.function(count, **values, **extra), strict=True):
-        if isinstance(c, float):
+        if isinstance(c, int | float):
             made += x * c if c != 0.0 else 0.0
         else:
-            made += (x.reshape(len(c), -1) * torch.from_numpy(c).to(work)[:, None]).reshape(-1)
+            made += (x.reshape(len(c), at.row) * torch.from_numpy(c).to(work)[:, None]).reshape(-1)
     return made.reshape(shape)

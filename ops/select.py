@@ -40,11 +40,13 @@ class _Bracket:
         self.low, self.high = 0.0, np.inf  # the threshold lies in [low, high)
         self.sample: Array | None = None
         self.half = 0.0
+        self.single = False  # the bracket holds one value only
         self.cut: Cut | None = Cut(0.0, 0, 0, 0, everything=True) if keep >= total else None
 
     def aim(self) -> None:
         """Set [low, high) from the sorted sample: `half` ranks to each side, or a single frequent value."""
         sample, middle = self.sample, 1.0 - self.keep / self.total
+        self.single = False
         if sample is None or self.half >= 0.5:
             self.low, self.high = 0.0, np.inf
             return
@@ -52,7 +54,7 @@ class _Bracket:
         value = sample[round(middle * last)]
         first, after = np.searchsorted(sample, value, "left"), np.searchsorted(sample, value, "right")
         if after - first > 4 * self.half * len(sample):
-            self.low, self.high = float(value), float(np.nextafter(value, up))
+            self.low, self.high, self.single = float(value), float(np.nextafter(value, up)), True
             return
         below, above = middle - self.half, middle + self.half
         self.low = float(sample[int(below * last)]) if below > 0.0 else 0.0
@@ -65,10 +67,6 @@ class _Bracket:
         shares = [np.count_nonzero(w > middle) / len(w) for w in windows if len(w)]
         self.half = max(0.002, 4.0 * float(np.std(shares)) / len(shares) ** 0.5)
         self.aim()
-
-    @property
-    def single(self) -> bool:
-        return bool(np.nextafter(np.float32(self.low), np.float32(np.inf)) >= self.high)
 
 
 class TopK:

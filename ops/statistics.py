@@ -70,7 +70,12 @@ class Sums:
 def dot(a: Array, b: Array) -> float:
     """Inner product of two flat arrays; blocks in their own precision, the rest in float64. No BLAS: same bits anywhere."""
     whole = len(a) - len(a) % _BLOCK
-    blocks = np.einsum("ij,ij->i", a[:whole].reshape(-1, _BLOCK), b[:whole].reshape(-1, _BLOCK))
+    left, right = a[:whole].reshape(-1, _BLOCK), b[:whole].reshape(-1, _BLOCK)
+    blocks = np.einsum("ij,ij->i", left, right).astype(np.float64)
+    again = np.flatnonzero(~(np.abs(blocks) < 1e30) | (np.abs(blocks) < 1e-30))  # products beyond float32's range
+    again = again[left[again].any(axis=1)]
+    if len(again):
+        blocks[again] = np.einsum("ij,ij->i", left[again].astype(np.float64), right[again].astype(np.float64))
     rest = np.einsum("i,i->", a[whole:].astype(np.float64), b[whole:].astype(np.float64))
     return float(blocks.sum(dtype=np.float64) + rest)
 

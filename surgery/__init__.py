@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery import ops
-    from surgery.api import Checkpoint, open
+    from surgery.api import Checkpoint, load, open
     from surgery.errors import Failed, Refused, SurgeryError
-    from surgery.recipe import load
 
 _HOME = {
     "Checkpoint": "surgery.api",
     "open": "surgery.api",
-    "load": "surgery.recipe",
+    "load": "surgery.api",
     "Refused": "surgery.errors",
     "Failed": "surgery.errors",
     "SurgeryError": "surgery.errors",

@@ -25,6 +25,13 @@ def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoi
     return Checkpoint(SourceNode(open_source(os.fspath(source), label=name)))
 
 
+def load(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint that a recipe's output is made from, lazily. overrides: dotted key -> value. Raises Refused."""
+    from surgery.recipe.native import read_recipe
+
+    return Checkpoint(read_recipe(recipe, overrides or {}).node)
+
+
 class LazyTensor:
     """One tensor of a checkpoint, not read or computed yet."""
 
@@ -261,4 +268,4 @@ def _ops() -> Mapping[str, Op]:
     return registry
 
 
-__all__ = ["Checkpoint", "Layers", "LazyTensor", "open"]
+__all__ = ["Checkpoint", "Layers", "LazyTensor", "load", "open"]

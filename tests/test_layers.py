@@ -13,8 +13,9 @@ BELOW = {
     "ops": set(),
     "checkpoint": {"errors"},
     "graph": {"checkpoint", "ops", "errors"},
-    "engine": {"graph", "checkpoint", "ops", "errors"},
+    "engine": {"graph", "checkpoint", "ops", "errors", "version"},
     "recipe": {"engine", "graph", "checkpoint", "ops", "errors"},
+    "api": {"live", "recipe", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from surgery.errors import Refused
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 
 
@@ -95,6 +95,7 @@ def _hub(repo: str, revision: str | None) -> Located:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -112,7 +113,7 @@ def _hub(repo: str, revision: str | None) -> Located:
             f"{repo}: not a local path, not in the hub cache, and the hub cannot be reached",
             hint="check the path; offline, download it first with `hf download`",
         ) from None
-    except (HfHubHTTPError, OSError) as problem:
+    except (HfHubHTTPError, HFValidationError, OSError) as problem:
         raise Refused(f"{repo}: the hub refused: {str(problem).splitlines()[0]}") from None
     return _directory(Path(path), Path(path).name)
 

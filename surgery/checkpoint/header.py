@@ -16,6 +16,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
 
 MAX_HEADER = 100_000_000  # the format's own cap
+_LARGEST = 2**62  # bytes or elements: beyond any file
 MAX_RANK = 64  # far above any real tensor; keeps hostile shapes from costing time
 
 
@@ -82,13 +83,15 @@ def _entry(path: str, name: str, value: Any, start: int) -> tuple[int, int, Stor
         raise _bad(path, f"holds `{name}` of unknown dtype {dtype_name!r}; known: {', '.join(BY_NAME)}")
     if type(shape) is not list or len(shape) > MAX_RANK:
         raise _bad(path, f"is malformed: shape of `{name}` is not a list of at most {MAX_RANK} sizes")
-    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-        raise _bad(path, f"is malformed: data_offsets of `{name}` are {begin!r}, {end!r}")
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= _LARGEST:
+        raise _bad(path, f"is malformed: data_offsets of `{name}` are not two positions in order")
     count = dtype.size
     for n in shape:
-        if type(n) is not int or n < 0:
-            raise _bad(path, f"is malformed: shape of `{name}` is {shape!r}")
+        if type(n) is not int or not 0 <= n <= _LARGEST:
+            raise _bad(path, f"is malformed: shape of `{name}` has a size that is no size")
         count *= n
+    if count > _LARGEST:
+        raise _bad(path, f"is malformed: `{name}` {dtype.name} is larger than any file")
     if count != end - begin:
         raise _bad(path, f"is malformed: `{name}` {dtype.name} {shape} needs {count} bytes, its offsets span {end - begin}")
     return start + begin, start + end, Stored(name, dtype, tuple(shape), path, start + begin)

@@ -44,7 +44,7 @@ def read_pickled(path: str) -> dict[str, Stored]:
 
 def _reason(problem: Exception, first_line: str) -> str:
     text = str(problem)
-    for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
+    for marker in ("unsupported GLOBAL ", "Unsupported global: GLOBAL ", "Unsupported class "):
         if marker in text:
             return f"it asks to run {text.split(marker, 1)[1].split()[0]}"
     return first_line[:200]

@@ -65,12 +65,10 @@ def main() -> None:
         cli.main(prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
-    except click.Abort:
-        sys.exit(130)
     except click.ClickException as problem:
         problem.show()
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         print("interrupted; an unfinished run goes on with --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -37,11 +37,11 @@ def command(a: str, b: str, as_json: bool, count: int) -> None:
     """
     from surgery.checkpoint.source import open_source
     from surgery.cli.inspect_ import finite
-    from surgery.cli.progress import _bar
+    from surgery.cli.progress import bar
     from surgery.engine.compare import compare
 
     first, second = open_source(a), open_source(b)
-    with _bar(first.nbytes + second.nbytes, show=sys.stderr.isatty()) as advance:
+    with bar(first.nbytes + second.nbytes, show=sys.stderr.isatty()) as advance:
         found = compare(first, second, progress=advance)
     if as_json:
         print_json(finite(found.as_dict()))

@@ -38,7 +38,13 @@ def command(
         raise Refused(f"{script}: {type(problem).__name__}: {problem}") from problem
     if not callable(edit):
         raise Refused(f"{script}: defines no function edit(checkpoint)", hint="def edit(checkpoint): return checkpoint")
-    made = edit(surgery.open(source))
+    opened = surgery.open(source)
+    try:
+        made = edit(opened)
+    except surgery.SurgeryError:
+        raise
+    except Exception as problem:
+        raise Refused(f"{script}: edit() failed: {type(problem).__name__}: {problem}") from problem
     if not isinstance(made, surgery.Checkpoint):
         raise Refused(f"{script}: edit() returned {type(made).__name__}, expected a checkpoint", hint="return the result")
     plan = made.plan(dtype=dtype, shard_size=shard_size)

@@ -29,13 +29,13 @@ def command(source: str, scanning: bool, as_json: bool) -> None:
       surgery inspect org/name@revision --json
     """
     from surgery.checkpoint.source import open_source
-    from surgery.cli.progress import _bar
+    from surgery.cli.progress import bar
     from surgery.engine.scan import overview, scan
 
     opened = open_source(source)
     scans: dict[str, Scan] | None = None
     if scanning:
-        with _bar(opened.nbytes, show=sys.stderr.isatty()) as advance:
+        with bar(opened.nbytes, show=sys.stderr.isatty()) as advance:
             scans = scan(opened, progress=advance)
     view = overview(opened, scans)
     if as_json:

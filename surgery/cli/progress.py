@@ -18,7 +18,7 @@ def carry_out(plan: Any, out: str, *, profile: bool, quiet: bool, **options: Any
     if not quiet:
         for warning in plan.warnings:
             click.echo(f"warning: {warning}", err=True)
-    with _bar(plan.price.read + plan.price.written, show=not quiet and sys.stderr.isatty()) as advance:
+    with bar(plan.price.read + plan.price.written, show=not quiet and sys.stderr.isatty()) as advance:
         report = run(plan, out, profile=profile, progress=advance, **options)
     if report.profile is not None:
         click.echo(profile_text(plan, report.profile, report.seconds, report.peak), err=True)
@@ -32,7 +32,7 @@ def carry_out(plan: Any, out: str, *, profile: bool, quiet: bool, **options: Any
 
 
 @contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[Any]:
+def bar(total: int, *, show: bool) -> Iterator[Any]:
     if not show:
         yield None
         return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import surgery
 from surgery.checkpoint.sidecar import licence
 from surgery.checkpoint.source import Source
 from surgery.engine.plan import Plan
 from surgery.engine.render import amount, tree_text
+from surgery.version import __version__
 
 
 def model_card(plan: Plan) -> str:
@@ -16,7 +16,7 @@ def model_card(plan: Plan) -> str:
     sources = [u.source for u in plan.uses]
     licences = {s.label: licence(s) for s in sources}
     lines = ["---", *_front_matter(sources, licences), "---", "", "# Merged model", ""]
-    lines += [f"Made with weight-surgery {surgery.__version__} from {len(sources)} checkpoints.", ""]
+    lines += [f"Made with weight-surgery {__version__} from {len(sources)} checkpoints.", ""]
     lines += ["## Inputs", "", "| name | source | revision | licence | tensors used | header fingerprint (SHA-256) |"]
     lines += ["|---|---|---|---|---|---|"]
     for use in plan.uses:

@@ -40,6 +40,8 @@ def _label(source: Source | None) -> str:
 def _tokenizer(plan: Plan) -> None:
     wanted = plan.settings.tokenizer
     labels = [u.source.label for u in plan.uses]
+    if wanted is not None and labels.count(wanted) > 1:
+        raise Refused(f"two inputs are called `{wanted}`", hint="open(..., name=...) tells them apart")
     if wanted is not None and wanted not in labels:
         where = plan.settings.where.get("tokenizer", "output.tokenizer")
         raise Refused(f"{where}: `{wanted}` is not a model of this recipe", hint=did_you_mean(wanted, labels))

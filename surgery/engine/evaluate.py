@@ -88,8 +88,8 @@ class Evaluator:
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """Plain multiplications and additions in a fixed order: the same bits on every machine."""
-        sums = np.asarray(sum(coefs))
-        if len(args) > 1 and np.all(np.abs(sums - 1.0) < 1e-9):
+        narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
+        if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):
             return self._anchored(coefs, args, shape)
         if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
             coefs, args = [*coefs[1:], coefs[0]], [*args[1:], args[0]]
@@ -127,10 +127,10 @@ class Evaluator:
         return total
 
     def _anchored(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
-        """A sum whose coefficients sum to one, as a_0 + sum_i c_i (a_i - a_0).
+        """A sum of half-precision tensors whose coefficients sum to one, as a_0 + sum_i c_i (a_i - a_0).
 
-        Differences of related models are small and exact; only the last addition rounds, so that a result that lies midway
-        between two storable numbers stays there and is rounded to even like an exact one.
+        Differences of such tensors are exact in float32 (unless their magnitudes differ by more than 2^16), and only the
+        last addition rounds: a result midway between two storable numbers stays there and is rounded to even, as it should.
         """
         base = self.values(args[0])
         moved: Array | None = None

@@ -54,7 +54,7 @@ def _read(path: Path, token: str) -> dict[str, str]:
         for line in file:
             try:
                 name, digest = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 break  # torn by a kill; what follows cannot be trusted
             found[name] = digest
     return found

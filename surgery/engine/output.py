@@ -91,14 +91,14 @@ class Output:
 
     def publish(self) -> None:
         """Make the output visible at its place, whole, in one step; what was there before is removed after."""
-        (self.directory / JOURNAL).unlink()
-        (self.directory / LOCK).unlink()
         old = self._replaced
         if self.final.exists():
             if old.exists():
                 shutil.rmtree(old)
             self.final.rename(old)
         self.directory.rename(self.final)
+        for scratch in (JOURNAL, LOCK):  # last, so that a kill at any moment leaves something that can be resumed or is whole
+            (self.final / scratch).unlink()
         if old.exists():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.release()

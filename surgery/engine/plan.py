@@ -13,7 +13,6 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-import surgery
 from surgery.checkpoint.dtypes import F64, DType, float_dtype
 from surgery.checkpoint.layout import Entry, Layout, lay_out
 from surgery.checkpoint.source import FileState, Source
@@ -21,6 +20,7 @@ from surgery.engine.settings import Settings
 from surgery.errors import Refused, did_you_mean
 from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Measure, Read, walk
 from surgery.graph.node import Node, SourceNode, ancestry, sources_of
+from surgery.version import __version__
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Plan:
     def token(self) -> str:
         """Equal for plans that write the same bytes from the same, unchanged files: what a resumed run must match."""
         state = sorted((p, s.size, s.mtime_ns) for p, s in self.files.items())
-        text = repr((surgery.__version__, self.node.token, self.settings.identity, state))
+        text = repr((__version__, self.node.token, self.settings.identity, state))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -222,9 +222,11 @@ def _chosen(node: Node, settings: Settings) -> SourceNode | None:
 
 def _source(node: Node, label: str, where: str) -> SourceNode:
     nodes = sources_of(node)
-    for source in nodes:
-        if source.label == label:
-            return source
+    named = [source for source in nodes if source.label == label]
+    if len(named) > 1:
+        raise Refused(f"{where}: {len(named)} inputs are called `{label}`", hint="open(..., name=...) tells them apart")
+    if named:
+        return named[0]
     raise Refused(
         f"{where}: `{label}` is not a model of this recipe", hint=did_you_mean(label, [s.label or "" for s in nodes])
     )

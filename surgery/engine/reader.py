@@ -27,7 +27,6 @@ class _Handle:
             raise Failed(f"{path}: cannot be read: {problem.strerror}") from None
         state = os.fstat(self.fd)
         if (state.st_size, state.st_mtime_ns) != (expected.size, expected.mtime_ns):
-            os.close(self.fd)
             raise Failed(f"{path}: changed since it was opened", hint="plan again; do not write to inputs during a run")
 
     def __del__(self) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-import surgery
 from surgery.checkpoint.layout import parse_size
 from surgery.checkpoint.sidecar import copy_sidecars, write_json
 from surgery.checkpoint.source import Source, read_json
@@ -33,6 +32,7 @@ from surgery.engine.reader import Reader
 from surgery.engine.render import amount
 from surgery.errors import Refused, SurgeryError
 from surgery.graph.expr import Agree, Measure
+from surgery.version import __version__
 
 Progress = Callable[[int], None]
 
@@ -77,7 +77,7 @@ def run(
     meter = Profile() if profile else None
     try:
         target.check_space(plan.layout.size)
-        done = _stream(plan, target, going_on, workers, room, allow_nonfinite, meter, progress or (lambda n: None))
+        done, resumed = _stream(plan, target, going_on, workers, room, allow_nonfinite, meter, progress or (lambda n: None))
         _finish(plan, target.directory, done)
         target.publish()
     except Refused:
@@ -86,7 +86,6 @@ def run(
     except BaseException:
         target.release()
         raise
-    resumed = len(plan.programs) if going_on else 0
     peak = _peak_memory()
     seconds = time.perf_counter() - began
     return Report(final, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak, meter)
@@ -133,8 +132,9 @@ def _stream(
     lenient: bool,
     meter: Profile | None,
     progress: Progress,
-) -> dict[str, str]:
-    """Compute and write everything that is not done yet. Returns the digest of every tensor."""
+) -> tuple[dict[str, str], int]:
+    """Compute and write everything that is not done yet. Returns every digest, and how many tensors
+    an earlier run had finished."""
     writer = Writer(target.directory, plan.layout, fresh=not going_on)
     journal = Journal(target.directory / JOURNAL, plan.token, resume=going_on)
     reader = Reader(plan.files)
@@ -163,7 +163,7 @@ def _stream(
             executor.run(Job(partial(_measured, [m], wide, lenient, None)) for m in measures[:-1])
             executor.run([Job(partial(_measured, measures[-1:], wide, lenient, None))])
         executor.run(_jobs(plan, left, write, wide, lenient))
-        return dict(journal.done)
+        return dict(journal.done), len(plan.programs) - len(left)
     finally:
         journal.close()
         reader.close()
@@ -244,7 +244,7 @@ def _finish(plan: Plan, directory: Path, digests: dict[str, str]) -> None:
 
 def _manifest(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
     return {
-        "surgery": surgery.__version__,
+        "surgery": __version__,
         "inputs": [
             {"name": u.source.label, "source": u.source.location, "revision": u.source.revision,
              "headers_sha256": u.source.fingerprint}

@@ -83,6 +83,11 @@ class RenameNode(EditNode):
             made[new] = expr
         return made
 
+    @cached_property
+    def left_out(self) -> set[str]:
+        names = self.names
+        return {names.get(n, n) if isinstance(names, Mapping) else names(n) for n in self.inputs[0].left_out}
+
     @property
     def identity(self) -> str:
         return "\n".join(self.tensors)
@@ -158,8 +163,11 @@ class MapNode(EditNode):
     @property
     def identity(self) -> str:
         code = getattr(self.function, "__code__", None)
-        body = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest() if code else repr(self.function)
-        return f"{self.text}\0{body}"
+        if code is None:
+            return f"{self.text}\0{self.function!r}"
+        cells = [c.cell_contents for c in self.function.__closure__ or ()]
+        state = repr((code.co_consts, self.function.__defaults__, self.function.__kwdefaults__, cells))
+        return f"{self.text}\0{hashlib.sha256(code.co_code + state.encode()).hexdigest()}"
 
     @property
     def text(self) -> str:
@@ -181,6 +189,12 @@ class LayersNode(EditNode):
         kept = set(source.values())
         self.dropped = {n: f"block not kept of {self.tower.prefix}" for n in tensors if n not in kept}
         return {new: tensors[old] for new, old in source.items()}
+
+    @cached_property
+    def left_out(self) -> set[str]:
+        below = self.inputs[0].left_out
+        renamed = layers_renamed([*self.inputs[0].tensors, *sorted(below)], self.tower, self.keep)
+        return {new for new, old in renamed.items() if old in below}
 
     @property
     def config(self) -> dict[str, Any] | None:

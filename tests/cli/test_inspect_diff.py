@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from surgery.cli.diff_ import command as diff
 from surgery.cli.inspect_ import command as inspect
 from surgery.errors import Refused
@@ -161,7 +162,7 @@ def test_diff_agrees_with_numpy(tmp_path: Path, dtypes: tuple[Any, Any]) -> None
         expect(by_layer[f"model.layers.{i}"], x, y)
     order = [name for name in by_layer if "layers" in name]
     assert order == [f"model.layers.{i}" for i in range(3)]
-    assert list(by_layer)[0] == "model.embed_tokens" and list(by_layer)[-1] != "model.layers.2"
+    assert next(iter(by_layer)) == "model.embed_tokens" and list(by_layer)[-1] != "model.layers.2"
     text = call(diff, tmp_path / "a", tmp_path / "b", "--tensors", "2")
     listed = text.split("most changed tensors")[1].splitlines()[1:]
     assert "model.layers.1 " in text and len(listed) == 2

@@ -102,7 +102,7 @@ def test_malformed_safetensors_are_refused_by_name(tmp_path: Path, case: str) ->
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 100) + b"{}"])
 def test_files_too_short_for_their_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(Refused, match="model.safetensors: (is|declares)"):
+    with pytest.raises(Refused, match=r"model.safetensors: (is|declares)"):
         package.open(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path) -> None:
     for content in ([torch.ones(2)], {"state_dict": {}}, {"epoch": 3}, {}):
         torch.save(content, tmp_path / "m.bin")
-        with pytest.raises(Refused, match="m.bin: holds"):
+        with pytest.raises(Refused, match=r"m.bin: holds"):
             package.open(tmp_path / "m.bin")
 
 

@@ -153,7 +153,7 @@ def test_tokens_change_with_what_matters_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["tokenizer", "integers"])
 def test_output_options_name_models(tmp_path: Path, key: str) -> None:
     trio(tmp_path)
-    with pytest.raises(Refused, match=rf"recipe.yaml:\d+:\d+: `bse` is not a model of this recipe") as found:
+    with pytest.raises(Refused, match=r"recipe.yaml:\d+:\d+: `bse` is not a model of this recipe") as found:
         plan(recipe(tmp_path, ADD, models=["base", "a"], output=f"{{from: out, {key}: bse}}"))
     assert "did you mean `base`?" in str(found.value)
 

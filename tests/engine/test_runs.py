@@ -28,7 +28,7 @@ from helpers import (
 import surgery
 from surgery.errors import Refused
 
-BIG = dict(hidden=256, vocab=1031, depth=2)
+BIG = {"hidden": 256, "vocab": 1031, "depth": 2}
 
 
 def depth_of(name: str, depth: int) -> float:
@@ -182,8 +182,26 @@ def test_odd_shapes_survive(tmp_path: Path) -> None:
     made, a, b = (read_checkpoint(tmp_path / n) for n in ("out", "a", "b"))
     for name, shape in shapes.items():
         assert made[name].shape == shape
-        np.testing.assert_array_equal(made[name], ((a[name].astype(float) + b[name]) / 2).astype(np.float32))
+        np.testing.assert_allclose(made[name], (a[name].astype(float) + b[name]) / 2, rtol=1e-6, atol=1e-7)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_average_of_unrelated_float32_tensors_loses_nothing(tmp_path: Path) -> None:
+    """Halving is exact, so the average has one rounding, however the two compare."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        value = rng.standard_normal(4000) * rng.choice([1e-6, 1.0, 1e6], 4000)
+        write_checkpoint(tmp_path / name, {"x": value.astype(np.float32)})
+    run(recipe(tmp_path, "out: {op: average, of: [a, b]}", models="ab"), tmp_path / "out")
+    made, a, b = (read_checkpoint(tmp_path / n)["x"] for n in ("out", "a", "b"))
+    np.testing.assert_array_equal(made, ((a.astype(np.float64) + b) / 2).astype(np.float32))
+
+
+def test_an_average_that_fits_does_not_overflow_on_the_way(tmp_path: Path) -> None:
+    for name, value in (("a", 3e38), ("b", -3e38)):
+        write_checkpoint(tmp_path / name, {"x": np.full(4, value, np.float32)})
+    run(recipe(tmp_path, "out: {op: average, of: [a, b]}", models="ab"), tmp_path / "out")
+    assert read_checkpoint(tmp_path / "out")["x"].tolist() == [0.0] * 4
 
 
 def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
