@@ -34,9 +34,9 @@ class Row:
 class Judge:
     """Evaluates encoder directories with the frozen heads, on one split of every task."""
 
-    def __init__(self, tasks: list[Task], heads: Path, tokenizer: Path, split: str, max_tokens: int):
+    def __init__(self, tasks: list[Task], heads: Path, tokenizer: Path, split: str):
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        self.texts = {task.name: Texts(words, getattr(task, split), max_tokens) for task in tasks}
+        self.texts = {task.name: Texts(words, getattr(task, split)) for task in tasks}
         self.heads = {task.name: Head.load(heads / f"{task.name}.safetensors") for task in tasks}
 
     def accuracy(self, directory: Path) -> dict[str, float]:

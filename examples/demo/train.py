@@ -14,19 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a task model is trained."""
 
-    steps: int = 100
+    steps: int
+    lr: float
     batch: int = 32
-    lr: float = 3e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
-    max_tokens: int = 48
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Head:
 class Texts:
     """Tokenised texts and labels, served as padded batches of similar length."""
 
-    def __init__(self, tokenizer, examples: list[tuple[str, int]], max_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: list[tuple[str, int]]):
         self.tokenizer = tokenizer
-        self.ids = tokenizer([t for t, _ in examples], truncation=True, max_length=max_tokens)["input_ids"]
+        self.ids = tokenizer([t for t, _ in examples], truncation=True, max_length=MAX_TOKENS)["input_ids"]
         self.labels = torch.tensor([label for _, label in examples])
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -123,7 +124,7 @@ def fine_tune(base: Path, target: Path, task: Task, head: Head, settings: Settin
     """Train the encoder's blocks on one task against its frozen head, and save the encoder to `target`."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    texts = Texts(tokenizer, task.train, settings.max_tokens)
+    texts = Texts(tokenizer, task.train)
     encoder = load_encoder(base).train()
     encoder.embeddings.requires_grad_(False)  # half of the parameters, and hardly any of the skill
     encoder.pooler.requires_grad_(False)  # mean pooling does not use it
