@@ -36,7 +36,10 @@ MERGES: dict[str, list[Point]] = {  # points tried on the validation split; beta
     "task arithmetic + LiNeS": [(0.5, 0.6), (0.7, 0.2), (0.7, 0.4)],
 }
 TRAINING = {"module": Settings(steps=100, lr=3e-4), "call": Settings(steps=130, lr=4e-4)}
-QUICK = Sizes(train=6, val=2, test=4, packages=4), dict.fromkeys(TRAINING, Settings(steps=2, lr=3e-4, batch=8))
+QUICK = (
+    Sizes(train=6, val=2, test=4, packages=4),
+    dict.fromkeys(TRAINING, Settings(steps=2, lr=3e-4, batch=8)),
+)
 
 
 def main() -> None:

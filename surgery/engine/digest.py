@@ -10,14 +10,14 @@ from typing import Any
 
 from xxhash import xxh3_128_digest
 
-from surgery.engine.pieces import pieces
+from surgery.engine.pieces import PIECE, pieces
 
-SCHEME = "xxh3-128/pieces-131072"
+SCHEME = f"xxh3-128/pieces-{PIECE}"
 
 
 def piece_digests(raw: Any, start: int, stop: int, shape: Sequence[int], size: int) -> Iterator[bytes]:
     """Digests of the pieces within `raw`, the bytes of elements `start` to `stop`: one piece, or a whole tensor's."""
-    parts = [(start, stop)] if start or stop - start <= 1 << 17 else pieces(shape)
+    parts = [(start, stop)] if start or stop - start <= PIECE else pieces(shape)
     for a, b in parts:
         yield xxh3_128_digest(raw[(a - start) * size : (b - start) * size])
 
