@@ -10,11 +10,10 @@ import numpy as np
 
 from surgery.engine.evaluate import Disagreement, Evaluator
 from surgery.engine.execute import Executor, Job
-from surgery.engine.jobs import disagreement
+from surgery.engine.jobs import disagreement, measured
 from surgery.engine.pieces import pieces
-from surgery.engine.plan import Program, _prepasses, _program
+from surgery.engine.plan import Program, model_wide, program_of
 from surgery.engine.reader import Reader
-from surgery.engine.run import _measured
 from surgery.engine.settings import Settings
 from surgery.graph.expr import Expr, Read, walk
 
@@ -28,15 +27,15 @@ def compute_all(exprs: dict[str, Expr], dtype: Any = None) -> dict[str, Any]:
     """Values of several expressions; statistics over the whole model see everything they need, whatever is asked for."""
     import torch
 
-    programs = [_program(name, e, dtype, Settings()) for name, e in exprs.items()]
+    programs = [program_of(name, e, dtype, Settings()) for name, e in exprs.items()]
     files = {p: s for e in walk(_everything(programs)) if isinstance(e, Read) for p, s in e.source.files.items()}
     reader = Reader(files)
     executor = Executor(2, lambda: Evaluator(reader), room=0, progress=lambda n: None)
     try:
-        groups = [*_prepasses(programs), *(list(p.measures) for p in programs)]
+        groups = [*model_wide(programs), *(list(p.measures) for p in programs)]
         for measure in (m for group in groups for m in group):
             if measure.statistic is None:
-                executor.run([Job(partial(_measured, [measure], False, True, None))])
+                executor.run([Job(partial(measured, [measure], False, True, None))])
         made = {}
         for program in programs:
             made[program.name] = _fill(program, Evaluator(reader), torch)

@@ -6,6 +6,7 @@ A program is a job of several phases: one for each pass of each statistic it nee
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,7 @@ class MeasurePhase(Phase):
 
     def __init__(self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None]) -> None:
         self._measure, self._lenient, self._then = measure, lenient, then
-        if measure.statistic is None:
-            measure.statistic = measure.start()
+        self._statistic = measure.start()  # becomes the measure's when it is concluded: an aborted run leaves nothing behind
         found = traits([a for part in measure.parts for a in part.args])
         self._wide, self._whole, self._shared = wide or found.wide, found.whole, found.shared
         self._work: list[tuple[Applied, int, int]] = []
@@ -51,7 +51,7 @@ class MeasurePhase(Phase):
     def _lay_out(self) -> None:
         """The pieces of this pass; only a window of some of them if a sample is enough."""
         work = [(part, a, b) for part in self._measure.parts for a, b in pieces(part.shape, whole=self._whole)]
-        if self._measure.statistic.sampled:
+        if self._statistic.sampled:
             step = max(1, len(work) // MAX_WINDOWS)
             work = [(part, a, min(b, a + WINDOW)) for part, a, b in work[::step]]
         self._work = work
@@ -69,18 +69,28 @@ class MeasurePhase(Phase):
                 inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
             at = evaluator.at(part)
             try:
-                self._seen[i] = (at, self._measure.statistic.observe(inputs, at))
+                self._seen[i] = (at, self._statistic.observe(inputs, at))
             except FloatingPointError:
                 raise culprit(part, start, stop, evaluator) or _too_large(part) from None
             size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
         return size
 
     def conclude(self) -> Phase | None:
-        done = self._measure.statistic.conclude(self._seen)
-        if done:
+        if self._statistic.conclude(self._seen):
+            self._measure.statistic = self._statistic
             return self._then()
         self._lay_out()
         return self
+
+
+def measured(
+    measures: list[Measure], wide: bool, lenient: bool, then: Callable[[], Phase | None] | None
+) -> Phase | None:
+    """The phases that collect `measures` one after another, and `then` what follows."""
+    if not measures:
+        return then() if then else None
+    rest = partial(measured, measures[1:], wide, lenient, then)
+    return MeasurePhase(measures[0], wide=wide, lenient=lenient, then=rest)
 
 
 class WritePhase(Phase):

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 from surgery.checkpoint.dtypes import F64, DType, float_dtype
 from surgery.checkpoint.layout import Entry, Layout, lay_out
 from surgery.checkpoint.source import FileState, Source
+from surgery.engine.pieces import PIECE
 from surgery.engine.settings import Settings
 from surgery.errors import Refused, did_you_mean
 from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Measure, Read, walk
 from surgery.graph.node import Node, SourceNode, ancestry, sources_of
+from surgery.ops.eager import row_length
 from surgery.version import __version__
 
 
@@ -133,8 +135,8 @@ def make_plan(node: Node, settings: Settings | None = None) -> Plan:
         raise node.refuse("no tensor is left: nothing would be written")
     dtype = None if settings.dtype is None else _dtype(settings)
     chosen = _chosen(node, settings)
-    programs = [_program(name, _integers(name, e, chosen), dtype, settings) for name, e in tensors.items()]
-    prepasses = _prepasses(programs)
+    programs = [program_of(name, _integers(name, e, chosen), dtype, settings) for name, e in tensors.items()]
+    prepasses = model_wide(programs)
     early = {id(m) for group in prepasses for m in group}
     programs = [_without(p, early) for p in programs]
     layout = lay_out((Entry(p.name, p.dtype, p.shape) for p in programs), settings.shard_size)
@@ -160,6 +162,11 @@ def _dtype(settings: Settings) -> DType:
         raise Refused(f"{settings.where.get('dtype', 'output')}: {problem.message}", hint=problem.hint) from None
 
 
+def _needs_whole(e: Applied) -> bool:
+    """A matrix operator, or one of rows where a row is longer than a piece."""
+    return e.op.locality == "matrix" or (e.op.locality == "rows" and row_length(e.shape) > PIECE)
+
+
 class Traits(NamedTuple):
     """How expressions have to be evaluated: in float64, as whole tensors, and which are used more than once."""
 
@@ -178,12 +185,12 @@ def traits(exprs: Sequence[Expr]) -> Traits:
     for e in walk(exprs):
         for arg in e.args:
             (shared if id(arg) in seen else seen).add(id(arg))
-        whole = whole or isinstance(e, Mapped) or (isinstance(e, Applied) and e.op.locality == "matrix")
+        whole = whole or isinstance(e, Mapped) or (isinstance(e, Applied) and _needs_whole(e))
         wide = wide or (isinstance(e, Read | Literal) and e.dtype is F64)
     return Traits(wide, whole, frozenset(shared))
 
 
-def _program(name: str, expr: Expr, dtype: DType | None, settings: Settings) -> Program:
+def program_of(name: str, expr: Expr, dtype: DType | None, settings: Settings) -> Program:
     wide, whole, shared = traits([expr])
     measures = tuple(e.measure for e in walk([expr]) if isinstance(e, Applied) and e.measure is not None)
     out = dtype if dtype is not None and expr.dtype.is_float else expr.dtype
@@ -197,7 +204,7 @@ def _without(program: Program, early: set[int]) -> Program:
     return replace(program, measures=kept)
 
 
-def _prepasses(programs: Sequence[Program]) -> list[list[Measure]]:
+def model_wide(programs: Sequence[Program]) -> list[list[Measure]]:
     """For each model-wide statistic: the per-tensor ones below it that are not collected yet, then itself."""
     done: set[int] = set()
     groups = []

@@ -21,7 +21,7 @@ from surgery.engine.card import model_card
 from surgery.engine.digest import SCHEME, combine, piece_digests
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
-from surgery.engine.jobs import ClaimPhase, MeasurePhase, Phase, WritePhase
+from surgery.engine.jobs import ClaimPhase, WritePhase, measured
 from surgery.engine.journal import Journal
 from surgery.engine.output import JOURNAL, Output
 from surgery.engine.pieces import pieces
@@ -31,7 +31,7 @@ from surgery.engine.profile import Profile
 from surgery.engine.reader import Reader
 from surgery.engine.render import amount
 from surgery.errors import Refused, SurgeryError
-from surgery.graph.expr import Agree, Measure
+from surgery.graph.expr import Agree
 from surgery.version import __version__
 
 Progress = Callable[[int], None]
@@ -160,8 +160,8 @@ def _stream(
         for measures in plan.prepasses if left else ():
             for measure in measures:
                 measure.statistic = None
-            executor.run(Job(partial(_measured, [m], wide, lenient, None)) for m in measures[:-1])
-            executor.run([Job(partial(_measured, measures[-1:], wide, lenient, None))])
+            executor.run(Job(partial(measured, [m], wide, lenient, None)) for m in measures[:-1])
+            executor.run([Job(partial(measured, measures[-1:], wide, lenient, None))])
         executor.run(_jobs(plan, left, write, wide, lenient))
         return dict(journal.done), len(plan.programs) - len(left)
     finally:
@@ -182,17 +182,7 @@ def _jobs(
             measure.statistic = None
         weight = plan.price.whole_tensor if program.whole else 0
         then = partial(write, program)
-        yield Job(partial(_measured, list(program.measures), wide, lenient, then), weight)
-
-
-def _measured(
-    measures: list[Measure], wide: bool, lenient: bool, then: Callable[[], Phase | None] | None
-) -> Phase | None:
-    """The phases that collect `measures` one after another, and `then` what follows."""
-    if not measures:
-        return then() if then else None
-    rest = partial(_measured, measures[1:], wide, lenient, then)
-    return MeasurePhase(measures[0], wide=wide, lenient=lenient, then=rest)
+        yield Job(partial(measured, list(program.measures), wide, lenient, then), weight)
 
 
 def _verified(program: Program, done: dict[str, str], writer: Writer, progress: Progress) -> bool:
@@ -253,6 +243,3 @@ def _manifest(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         "digests": SCHEME,
         "tensors": {p.name: digests[p.name] for p in plan.programs},
     }
-
-
-

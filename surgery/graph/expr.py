@@ -114,7 +114,7 @@ class Measure:
     def __init__(self, op: Op, params: Mapping[str, Any], scope: str) -> None:
         self.op, self.params, self.scope = op, params, scope
         self.parts: list[Applied] = []
-        self.statistic: Any = None  # made by the engine when the pass begins
+        self.statistic: Any = None  # set by the engine once it is concluded
 
     def start(self) -> Any:
         """A fresh statistic, None if the operator needs none with these parameters."""
