@@ -21,6 +21,13 @@ def row_length(shape: Sequence[int]) -> int:
     return shape[-1] if len(shape) < 4 else prod(shape[1:])
 
 
+def view_of(locality: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which an operator of this locality sees a tensor (or whole rows of it)."""
+    if locality == "matrix":
+        return tuple(shape)
+    return (-1, row_length(shape) or 1) if locality == "rows" else (-1,)
+
+
 def apply_to_tensors(
     op: Op,
     inputs: Sequence[Any],
@@ -64,8 +71,9 @@ def apply_to_tensors(
             pass
         extra["measured"] = statistic.result(0)
     if not op.linear:
-        made = op.function(flat, **values, **extra)
-        return (made.clone() if any(made is x for x in flat) else made).reshape(shape)
+        seen = [x.reshape(view_of(op.locality, shape)) for x in flat]
+        made = op.function(seen, **values, **extra)
+        return (made.clone() if any(made is x for x in seen) else made).reshape(shape)
     made = torch.zeros_like(flat[0])
     for x, c in zip(flat, op.function(count, **values, **extra), strict=True):
         if isinstance(c, int | float):

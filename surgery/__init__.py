@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery import ops
+    from surgery import ops, steps
     from surgery.api import Checkpoint, load, open
     from surgery.errors import Failed, Refused, SurgeryError
 
@@ -20,13 +20,13 @@ _HOME = {
     "Failed": "surgery.errors",
     "SurgeryError": "surgery.errors",
 }
-__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "load", "open", "ops"]
+__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "load", "open", "ops", "steps"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `import surgery` costs nothing.
-    if name == "ops":
-        return importlib.import_module("surgery.ops")
+    if name in ("ops", "steps"):
+        return importlib.import_module(f"surgery.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'surgery' has no attribute {name!r}")

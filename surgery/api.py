@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from surgery.checkpoint.source import open_source
 from surgery.checkpoint.structure import Tower
 from surgery.errors import Refused, did_you_mean
 from surgery.graph import edit
 from surgery.graph.expr import Expr
+from surgery.graph.forms import Form
 from surgery.graph.literal import literal
-from surgery.graph.node import Node, SourceNode
+from surgery.graph.node import Node
 from surgery.graph.stitch import make
+from surgery.inputs import open_node
 from surgery.ops.declare import Op
 
 
@@ -22,7 +23,7 @@ def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoi
 
     name: what plans and messages call it; default the last part of the path. Raises Refused.
     """
-    return Checkpoint(SourceNode(open_source(os.fspath(source), label=name)))
+    return Checkpoint(open_node(os.fspath(source), label=name))
 
 
 def load(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -150,6 +151,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         params = dict(params)
         missing = params.pop("missing", "error")
         return Checkpoint(make(op, nodes, params, missing=missing))
+
+    def __surgery_form__(self, form: Form, inputs: Sequence[Any], keys: Mapping[str, Any]) -> Checkpoint:
+        for i, value in enumerate(inputs):
+            if not isinstance(value, Checkpoint):
+                raise Refused(f"{form.name}: input {i + 1} is a {type(value).__name__}, expected a checkpoint")
+        return Checkpoint(form.node([c.node for c in inputs], keys, label=None, where={}))
 
     def __sub__(self, other: Checkpoint) -> Checkpoint:
         """weights - weights is a delta; anything - delta stays what it is."""

@@ -14,8 +14,12 @@ BELOW = {
     "checkpoint": {"errors"},
     "graph": {"checkpoint", "ops", "errors"},
     "engine": {"graph", "checkpoint", "ops", "errors", "version"},
-    "recipe": {"engine", "graph", "checkpoint", "ops", "errors"},
-    "api": {"live", "recipe", "engine", "graph", "checkpoint", "ops", "errors"},
+    "adapter": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
+    "delta": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
+    "inputs": {"adapter", "delta", "graph", "checkpoint", "errors"},
+    "steps": {"adapter", "delta", "graph", "errors"},
+    "recipe": {"inputs", "steps", "engine", "graph", "checkpoint", "ops", "errors"},
+    "api": {"live", "recipe", "inputs", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 
 

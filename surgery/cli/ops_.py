@@ -20,19 +20,28 @@ def command(name: str | None, as_json: bool) -> None:
       surgery ops
       surgery ops ties
     """
+    from surgery import steps
     from surgery.errors import Refused, did_you_mean
+    from surgery.graph.forms import forms
     from surgery.ops import registry
 
     if name is None:
         if as_json:
-            print_json({op.name: _data(op) for op in registry.values()})
+            print_json({o.name: _data(o) for o in registry.values()} | {f.name: _form_data(f) for f in forms.values()})
             return
-        width = max(map(len, registry))
+        width = max(map(len, [*registry, *forms]))
         for op in sorted(registry.values(), key=lambda o: o.name):
             click.echo(f"{op.name:<{width}}  {op.summary}")
+        click.echo("\nSteps that rebuild whole checkpoints")
+        for form in sorted(forms.values(), key=lambda f: f.name):
+            click.echo(f"{form.name:<{width}}  {form.summary}")
+        return
+    found = steps.get(name)
+    if found is not None:
+        print_json(_form_data(found)) if as_json else click.echo(_explain_form(found))
         return
     if name not in registry:
-        raise Refused(f"there is no operator `{name}`", hint=did_you_mean(name, registry))
+        raise Refused(f"there is no operator `{name}`", hint=did_you_mean(name, [*registry, *forms]))
     op = registry[name]
     print_json(_data(op)) if as_json else click.echo(explain(op))
 
@@ -53,6 +62,19 @@ def explain(op: Any) -> str:
     for title in SECTIONS:
         lines += ["", title, *(f"  {line}" for line in op.section(title).splitlines())]
     return "\n".join(lines)
+
+
+def _explain_form(form: Any) -> str:
+    lines = [f"{form.name}: {form.doc}", "", f"takes {form.takes}", ""]
+    lines += ["Keys"] if form.keys else []
+    for key, schema in form.keys.items():
+        need = "required" if key in form.required else "optional"
+        lines.append(f"  {key} ({need}): {schema.get('description', '')}")
+    return "\n".join(lines)
+
+
+def _form_data(form: Any) -> dict[str, Any]:
+    return {"summary": form.summary, "takes": form.takes, "keys": form.keys, "required": list(form.required)}
 
 
 def _data(op: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from surgery.engine.profile import Profile
 from surgery.engine.reader import Reader
 from surgery.engine.torch_threads import worker_torch
 from surgery.errors import Failed
-from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
+from surgery.graph.expr import Agree, Applied, Derived, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
 from surgery.ops.eager import row_length
 from surgery.ops.statistics import At
 
@@ -65,10 +65,10 @@ class Evaluator:
         found = self._memo.get(id(expr))
         if found is None:
             if self._profile is None:
-                found = _COMPUTE[type(expr)](self, expr)
+                found = _computer(type(expr))(self, expr)
             else:
                 with self._profile.node(expr.origin):
-                    found = _COMPUTE[type(expr)](self, expr)
+                    found = _computer(type(expr))(self, expr)
             self._memo[id(expr)] = found
         return found
 
@@ -178,6 +178,22 @@ class Evaluator:
             self._stop, self._memo = stop, memo
         return out
 
+    def _derived(self, expr: Derived) -> Array:
+        if expr.exact:
+            return self._decoded(expr)
+        made = expr.piece(_Fetch(self), self._start, self._stop, self._work)
+        return made.reshape(-1).astype(self._work, copy=False)
+
+    def elsewhere(self, start: int, stop: int, look: Callable[[Expr], Array], expr: Expr) -> Array:
+        """`look(expr)` at another range of elements than the current piece."""
+        kept = self._start, self._stop, self._memo, self._raw
+        try:
+            self._start, self._stop, self._memo = start, stop, {}
+            self._raw = np.empty(0, np.uint8)  # what the current piece has decoded so far stays valid
+            return look(expr)
+        finally:
+            self._start, self._stop, self._memo, self._raw = kept
+
     def _rounded(self, expr: Rounded) -> Array:
         stored = np.empty((self._stop - self._start) * expr.dtype.size, np.uint8)
         convert.encode(self.values(expr.args[0]), expr.dtype, stored)
@@ -232,6 +248,8 @@ class Evaluator:
             return first
         if isinstance(expr, Mapped):
             return self._mapped(expr)
+        if isinstance(expr, Derived) and expr.exact:
+            return expr.bits(_Fetch(self), self._start, self._stop).reshape(-1)
         out = np.empty((self._stop - self._start) * expr.dtype.size, np.uint8)
         convert.encode(self.values(expr), expr.dtype, out)
         return out
@@ -265,7 +283,9 @@ class Evaluator:
 
     def output(self, expr: Expr, dtype: DType) -> Array:
         """The piece as stored bytes of type `dtype`, copied as they are where the expression has that type on disk."""
-        if expr.dtype == dtype and isinstance(expr, Read | Literal | Agree | Mapped):
+        if expr.dtype == dtype and (
+            isinstance(expr, Read | Literal | Agree | Mapped) or (isinstance(expr, Derived) and expr.exact)
+        ):
             return self.raw(expr)
         values = self.values(expr)
         out = self._space(dtype.size)
@@ -293,6 +313,21 @@ class Evaluator:
         return made
 
 
+class _Fetch:
+    """See `surgery.graph.expr.Fetch`."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def __call__(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
+        e = self._evaluator
+        return e.elsewhere(start, arg.numel if stop is None else stop, e.values, arg)
+
+    def raw(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
+        e = self._evaluator
+        return e.elsewhere(start, arg.numel if stop is None else stop, e.raw, arg)
+
+
 _COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {
     Read: Evaluator._decoded,
     Literal: Evaluator._decoded,
@@ -303,3 +338,8 @@ _COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {
     Rounded: Evaluator._rounded,
     Applied: Evaluator._applied,
 }
+
+
+def _computer(kind: type) -> Callable[[Evaluator, Any], Array]:
+    """How expressions of this class are computed; subclasses of `Derived` come from other rooms."""
+    return _COMPUTE.get(kind) or Evaluator._derived

@@ -18,7 +18,7 @@ from surgery.engine.pieces import WINDOW, pieces, segments
 from surgery.engine.plan import Program, traits
 from surgery.engine.profile import Profile
 from surgery.errors import Refused
-from surgery.graph.expr import Agree, Applied, Expr, Measure, Read, walk
+from surgery.graph.expr import Agree, Applied, Derived, Expr, Measure, Read, walk
 from surgery.ops.statistics import At
 
 MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
@@ -185,12 +185,16 @@ class ClaimPhase(Phase):
 
 def culprit(expr: Expr, start: int, stop: int, evaluator: Evaluator) -> Refused | None:
     """The input that holds a NaN or infinity in this piece, as an error; None if all inputs are finite."""
-    for e in walk([expr]):
-        if isinstance(e, Read) and e.dtype.is_float:
-            end = min(stop, e.numel)
-            if end <= start:
-                continue
-            evaluator.begin(start, end, wide=False)
+    below = {id(a) for e in walk([expr]) if isinstance(e, Derived) for a in walk(e.args)}
+    ranges = [
+        (e, a, min(b, e.numel))
+        for e in walk([expr])
+        if isinstance(e, Read) and e.dtype.is_float
+        for a, b in (pieces(e.shape) if id(e) in below else [(start, stop)])
+    ]
+    for e, first, end in ranges:
+        if end > first:
+            evaluator.begin(first, end, wide=False)
             raw = evaluator.raw(e)
             if convert.is_finite(raw, e.dtype, np.empty(raw.size, np.uint8)):
                 continue
@@ -198,7 +202,7 @@ def culprit(expr: Expr, start: int, stop: int, evaluator: Evaluator) -> Refused 
             at = int(np.flatnonzero(~np.isfinite(values))[0])
             what = "NaN" if np.isnan(values[at]) else "infinity"
             return Refused(
-                f"{e.source.label}: `{e.stored.name}` holds {what} (first at flat index {start + at}, in {e.stored.path})",
+                f"{e.source.label}: `{e.stored.name}` holds {what} (first at flat index {first + at}, in {e.stored.path})",
                 hint="repair or drop that tensor; --allow-nonfinite carries such values along",
             )
     return None

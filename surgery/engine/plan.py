@@ -19,7 +19,7 @@ from surgery.checkpoint.source import FileState, Source
 from surgery.engine.pieces import PIECE
 from surgery.engine.settings import Settings
 from surgery.errors import Refused, did_you_mean
-from surgery.graph.expr import Agree, Applied, Expr, Literal, Mapped, Measure, Read, walk
+from surgery.graph.expr import Agree, Applied, Derived, Expr, Literal, Mapped, Measure, Read, walk
 from surgery.graph.node import Node, SourceNode, ancestry, sources_of
 from surgery.ops.eager import row_length
 from surgery.version import __version__
@@ -186,6 +186,7 @@ def traits(exprs: Sequence[Expr]) -> Traits:
         for arg in e.args:
             (shared if id(arg) in seen else seen).add(id(arg))
         whole = whole or isinstance(e, Mapped) or (isinstance(e, Applied) and _needs_whole(e))
+        whole = whole or (isinstance(e, Derived) and e.whole)
         wide = wide or (isinstance(e, Read | Literal) and e.dtype is F64)
     return Traits(wide, whole, frozenset(shared))
 

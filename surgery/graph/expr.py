@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
 from surgery.checkpoint.source import Source
@@ -94,6 +96,45 @@ class Mapped(Expr):
     def __init__(self, function: Callable[..., Any], arg: Expr, tensor_name: str, origin: Any) -> None:
         super().__init__(arg.shape, arg.dtype, origin)
         self.function, self.args, self.tensor_name = function, (arg,), tensor_name
+
+
+class Fetch(Protocol):
+    """How a `Derived` expression gets at its arguments. Arrays are valid until `piece` or `bits` returns."""
+
+    def __call__(self, arg: Expr, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Elements `start` to `stop` (flat; default all) in float32, or float64 where the run computes in that."""
+
+    def raw(self, arg: Expr, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """The same elements as stored bytes (uint8)."""
+
+
+class Derived(Expr):
+    """A tensor made from others in a way of its own: a low-rank product, gathered rows, decompressed bytes.
+
+    Rooms above the graph subclass this; the engine needs to know nothing more. Subclasses implement `piece`, or, where
+    `exact` is set, `bits`: then the value is a pattern of bits of type `dtype` that is handed on unchanged. whole: it can only
+    be made as a whole. identity: what, beside the arguments, decides the value.
+    """
+
+    __slots__ = ("args",)
+    exact = False
+    whole = False
+
+    def __init__(self, args: Sequence[Expr], shape: tuple[int, ...], dtype: DType, origin: Any) -> None:
+        super().__init__(shape, dtype, origin)
+        self.args = tuple(args)
+
+    @property
+    def identity(self) -> str:
+        return type(self).__name__
+
+    def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> NDArray[Any]:
+        """Elements `start` to `stop` (flat) as an array of type `work` (float32 or float64): whole rows, or part of one."""
+        raise NotImplementedError
+
+    def bits(self, fetch: Fetch, start: int, stop: int) -> NDArray[Any]:
+        """Elements `start` to `stop` as stored bytes (uint8) of `dtype`."""
+        raise NotImplementedError
 
 
 class Agree(Expr):

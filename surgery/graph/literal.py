@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.dtypes import BY_TORCH
 from surgery.errors import Refused
-from surgery.graph.expr import Expr, Literal, Read, walk
+from surgery.graph.expr import Derived, Expr, Literal, Read, walk
 
 
 def literal(tensor: Any, origin: Any = None) -> Literal:
@@ -31,6 +31,8 @@ def token(expr: Expr) -> str:
             digest.update(e.tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(e, Read):
             digest.update(f"{e.source.fingerprint}/{e.stored.name}".encode())
+        elif isinstance(e, Derived):
+            digest.update(f"{e.identity}/{e.shape}".encode())
         else:
             digest.update(f"{type(e).__name__}/{getattr(e.origin, 'token', '')}/{e.shape}".encode())
     return digest.hexdigest()

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surgery import steps
 from surgery.checkpoint.layout import parse_size
-from surgery.checkpoint.source import open_source
 from surgery.engine.settings import DEFAULT_SHARD, Settings
 from surgery.errors import Refused, did_you_mean
+from surgery.graph.forms import forms
 from surgery.graph.node import Node, SourceNode
 from surgery.graph.stitch import make
+from surgery.inputs import open_node
 from surgery.ops import registry
 from surgery.recipe.document import Document
 
@@ -41,11 +43,11 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> R
     known: dict[str, Node] = {}
     for name in document.data["models"]:
         known[name] = _model(document, name)
-    steps = document.data.get("steps") or {}
-    for name in steps:
+    said = document.data.get("steps") or {}
+    for name in said:
         if name in known:
             raise Refused(f"{document.place('steps', name)}: `{name}` is also a model", hint="give the step another name")
-        known[name] = _step(document, name, known, list(steps))
+        known[name] = _step(document, name, known, list(said))
     output = document.data["output"]
     node = _named(document, ("output", "from"), output["from"], known, [])
     _check_used(document, node, known)
@@ -74,40 +76,38 @@ def _size(document: Document, output: Mapping[str, Any]) -> int:
         raise Refused(f"{document.place('output', 'shard_size')}: {problem.message}", hint=problem.hint) from None
 
 
-def _model(document: Document, name: str) -> SourceNode:
+def _model(document: Document, name: str) -> Node:
     said = document.data["models"][name]
     source = said if isinstance(said, str) else said["source"]
     if isinstance(said, dict) and "revision" in said:
         source = f"{source}@{said['revision']}"
     beside = document.path.parent / source
     location = str(beside) if not os.path.isabs(source) and beside.exists() else source
-    place = document.place("models", name)
-    try:
-        opened = open_source(location, label=name)
-    except Refused as problem:
-        raise Refused(f"{place}: {problem.message}", hint=problem.hint) from None
-    return SourceNode(opened, name, {"": place})
+    return open_node(location, label=name, where={"": document.place("models", name)})
 
 
-def _step(document: Document, name: str, known: Mapping[str, Node], steps: list[str]) -> Node:
+def _step(document: Document, name: str, known: Mapping[str, Node], order: list[str]) -> Node:
     said = dict(document.data["steps"][name])
     place = partial(document.place, "steps", name)
-    op = registry.get(said["op"])
-    if op is None:
+    kind = said.pop("op")
+    op, form = registry.get(kind), steps.get(kind)
+    if op is None and form is None:
         raise Refused(
-            f"{place('op')}: there is no operator `{said['op']}`",
-            hint=did_you_mean(said["op"], registry) or "`surgery ops` lists them",
+            f"{place('op')}: there is no operator `{kind}`",
+            hint=did_you_mean(kind, [*registry, *forms]) or "`surgery ops` lists them",
         )
-    del said["op"]
     of = said.pop("of")
     names = [of] if isinstance(of, str) else of
-    later = steps[steps.index(name) :]
+    later = order[order.index(name) :]
     inputs = [
         _named(document, ("steps", name, "of", *([i] if isinstance(of, list) else [])), n, known, later)
         for i, n in enumerate(names)
     ]
-    missing = said.pop("missing", "error")
     where = {"": place(), "of": place("of"), "missing": place("missing"), **{k: place(k) for k in said}}
+    if op is None:
+        assert form is not None
+        return form.node(inputs, said, label=name, where=where)
+    missing = said.pop("missing", "error")
     return make(op, inputs, said, missing=missing, label=name, where=where)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from surgery import steps  # noqa: F401  registers every form
 from surgery.checkpoint.dtypes import WRITABLE_FLOATS
 from surgery.graph.apply import MISSING
+from surgery.graph.forms import Form, forms
 from surgery.ops import registry
 from surgery.ops.declare import REQUIRED, Op, Param
 
@@ -61,10 +63,14 @@ def recipe_schema() -> dict[str, Any]:
             "step": {
                 "type": "object",
                 "required": ["op", "of"],
-                "properties": {"op": {"enum": sorted(registry)}},
+                "properties": {"op": {"enum": sorted([*registry, *forms])}},
                 "allOf": [
                     {"if": {"properties": {"op": {"const": op.name}}}, "then": step_schema(op)}
                     for op in registry.values()
+                ]
+                + [
+                    {"if": {"properties": {"op": {"const": form.name}}}, "then": form_schema(form)}
+                    for form in forms.values()
                 ],
             }
         },
@@ -77,6 +83,13 @@ def step_schema(op: Op) -> dict[str, Any]:
     properties: dict[str, Any] = {"op": {"const": op.name, "description": op.summary}, "of": _NAMES, "missing": missing}
     properties |= {p.name: _param(p) for p in op.params}
     required = ["op", "of", *(p.name for p in op.params if p.default is REQUIRED)]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def form_schema(form: Form) -> dict[str, Any]:
+    """The schema of a step that is no operator."""
+    properties = {"op": {"const": form.name, "description": form.summary}, "of": _NAMES, **form.keys}
+    required = ["op", "of", *form.required]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 

@@ -1,0 +1,1 @@
+"""Adapters: low-rank deltas as what they are."""

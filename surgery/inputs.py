@@ -1,0 +1,41 @@
+"""What a user may name as an input, opened as a node of the graph: the one place that knows all kinds.
+
+A kind is a function from (location, label, where) to a node, or None where the location is something else. Rooms with kinds of
+their own add theirs to `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from surgery.checkpoint.source import open_source
+from surgery.errors import Refused
+from surgery.graph.node import Node, SourceNode
+
+Kind = Callable[[str, str | None, Mapping[str, str]], Node | None]
+
+
+def _checkpoint(location: str, label: str | None, where: Mapping[str, str]) -> Node:
+    return SourceNode(open_source(location, label=label), label, where)
+
+
+KINDS: list[Kind] = [_checkpoint]
+
+
+def open_node(location: str, *, label: str | None = None, where: Mapping[str, str] | None = None) -> Node:
+    """Open a path, hub id (`org/name@revision`) or whatever else `KINDS` know. Reads headers only. Raises Refused.
+
+    where: parameter or "" -> `file:line:col`, put in front of messages.
+    """
+    where = where or {}
+    try:
+        for kind in KINDS:
+            node = kind(location, label, where)
+            if node is not None:
+                return node
+    except Refused as problem:
+        place = where.get("", "")
+        if place and not problem.message.startswith(place):
+            raise Refused(f"{place}: {problem.message}", hint=problem.hint) from None
+        raise
+    raise AssertionError("a checkpoint is opened or refused")

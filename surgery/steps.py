@@ -1,0 +1,21 @@
+"""Every step that recipes know beside the operators of `surgery.ops`: `surgery.steps.layers(checkpoint, keep=["0:8"])`.
+
+A room with steps of its own adds its module here.
+"""
+
+from typing import Any
+
+from surgery.graph import edit_forms  # noqa: F401
+from surgery.graph.forms import Form, forms
+
+
+def get(name: str) -> Form | None:
+    """The form called `name` in recipes, or None."""
+    return forms.get(name)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return forms[name]
+    except KeyError:
+        raise AttributeError(f"surgery.steps has no step {name!r}") from None
