@@ -17,7 +17,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 REQUIRED = object()
@@ -97,12 +97,21 @@ def choice(name: str, default: str | None, choices: Sequence[str], doc: str) -> 
 
 @dataclass(frozen=True)
 class Takes:
-    """The inputs: their names in order, the space of each, and how many. A last name ending in `…` takes any number."""
+    """The inputs: their names in order, the space of each, and how many. A last name ending in `…` takes any number.
+
+    statistics: the kind ("gram", "fisher") of statistics checkpoint that the operator needs of every model. Then the second
+    half of the inputs are those, in the order of the models; `space` speaks of the models only.
+    """
 
     names: tuple[str, ...]
     space: str | tuple[str, ...]  # "weights", "delta", "same" (any, all alike), or one per name
     at_least: int
     at_most: float
+    statistics: str = ""
+
+    def models(self, count: int) -> int:
+        """How many of `count` inputs are models or deltas rather than statistics."""
+        return count // 2 if self.statistics else count
 
     def space_of(self, position: int) -> str:
         if isinstance(self.space, str):
@@ -111,17 +120,28 @@ class Takes:
 
     @property
     def text(self) -> str:
-        return ", ".join(f"{n} ({self.space_of(i)})" for i, n in enumerate(self.names))
+        spaces = [self.space_of(i) for i in range(len(self.names))]
+        if self.statistics:
+            spaces[-1] = f"{self.statistics} statistics, one for each"
+        return ", ".join(f"{n} ({s})" for n, s in zip(self.names, spaces, strict=True))
 
 
-def takes(*names: str, space: str | tuple[str, ...], at_least: int | None = None) -> Takes:
+def takes(*names: str, space: str | tuple[str, ...], at_least: int | None = None, statistics: str = "") -> Takes:
     many = names[-1].endswith("…")
-    return Takes(names, space, len(names) if at_least is None else at_least, math.inf if many else len(names))
+    return Takes(names, space, len(names) if at_least is None else at_least, math.inf if many else len(names), statistics)
+
+
+def _alike(shape: Sequence[int], statistic: Sequence[int]) -> str | None:
+    return None if tuple(shape) == tuple(statistic) else f"must have the shape {list(shape)}, has {list(statistic)}"
 
 
 @dataclass(frozen=True)
 class Op:
-    """A declared operator. Calling it on tensors computes; calling it on checkpoints builds a lazy one."""
+    """A declared operator. Calling it on tensors computes; calling it on checkpoints builds a lazy one.
+
+    An operator that takes statistics gets its tensors as models, then statistics. Elementwise, both have the same shape;
+    in locality "matrix" `fits` decides, and the operator cannot ask for a streamed `statistic` besides.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -136,6 +156,10 @@ class Op:
     pads: Callable[..., bool] = field(default=lambda **_: False)  # (**params): missing trailing rows count as zero
     check: Callable[..., str | None] = field(default=lambda count, **_: None)  # (count, **params) -> what is wrong
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
+    fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
+    without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)
+    """(models, **params): the coefficients where a tensor has no statistics."""
 
     @property
     def doc(self) -> str:
@@ -175,7 +199,7 @@ class Op:
         """Expand a per-input parameter to one value for each of the `count - first_input` inputs it concerns."""
         param = self.param(name)
         assert param is not None
-        wanted = count - param.first_input
+        wanted = self.takes.models(count) - param.first_input
         if not isinstance(value, list | tuple):
             return [value] * wanted
         if len(value) != wanted:
@@ -193,7 +217,25 @@ class Op:
                 return value.__surgery_op__(self, inputs, params)
         from surgery.ops.eager import apply_to_tensors
 
+        models = self.takes.models(len(inputs))
+        if models < len(inputs) and self.locality == "matrix" and self.takes.at_least <= len(inputs):
+            return apply_to_tensors(*self._given(inputs[:models], inputs[models:], params))
         return apply_to_tensors(self, inputs, params)
+
+    def _given(self, models: Sequence[Any], statistics: Sequence[Any], params: Mapping[str, Any]) -> tuple[Any, ...]:
+        """This operator with its statistics filled in, as one that takes models alone; and what to apply it to."""
+        count = len(models) + len(statistics)
+        problem = self.check(count, **self.complete(params))
+        for model, statistic in zip(models, statistics, strict=not problem):
+            problem = problem or self.fits(model.shape, statistic.shape)
+        problem = f"statistics: {problem}" if problem else None
+        alone = replace(self.takes, at_least=len(models), at_most=len(models), statistics="")
+        return replace(self.with_statistics(statistics), takes=alone, check=lambda count, **_: problem), models, params
+
+    def with_statistics(self, statistics: Sequence[Any]) -> Op:
+        """This operator with tensors of statistics filled in: its function then takes models alone. Matrix locality."""
+        given = self.function
+        return replace(self, function=lambda tensors, **rest: given([*tensors, *statistics], **rest))
 
 
 class Registry(dict[str, Op]):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.ops.declare import REQUIRED, linear, number, takes
+from surgery.ops.declare import REQUIRED, choice, linear, number, takes
 from surgery.ops.statistics import Array, Sums, gram
 
 
@@ -48,16 +48,21 @@ def _pair_products(inputs: Sequence[Array]) -> Array:
     "slerp",
     takes=takes("first", "second", space="same"),
     gives="first",
-    params=[number("t", REQUIRED, "0 is the first model, 1 the second.")],
+    params=[
+        number("t", REQUIRED, "0 is the first model, 1 the second."),
+        choice("like", "arc", ("arc", "mergekit"), "Whose rule for vectors that are almost parallel, see below."),
+    ],
     statistic=_products,
 )
-def slerp(count: int, *, t: float, measured: Array) -> list[float]:
+def slerp(count: int, *, t: float, like: str, measured: Array) -> list[float]:
     """Interpolate along the arc between two tensors, each taken as one vector.
 
     Maths:
         cos(theta) = <a, b> / (|a| |b|)
         out = sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b
         With 1 - |cos(theta)| < 1e-6, or a zero vector, the straight line: (1 - t) a + t b.
+        like: mergekit takes the straight line from |cos(theta)| > 0.9995 on, and a zero vector for orthogonal; the two differ by
+        up to 6e-5 of the values.
     Shapes:
         Two tensors of one shape -> the same shape; the angle is taken over the flattened tensor.
     Evidence:
@@ -72,8 +77,11 @@ def slerp(count: int, *, t: float, measured: Array) -> list[float]:
     """
     aa, bb, ab = float(measured[0, 0]), float(measured[1, 1]), float(measured[0, 1])
     norms = math.sqrt(aa) * math.sqrt(bb)
+    straight = 1.0 - 1e-6
+    if like == "mergekit":
+        norms, straight = math.prod(n if n > 1e-8 else 1.0 for n in (math.sqrt(aa), math.sqrt(bb))), 0.9995
     cosine = max(-1.0, min(1.0, ab / norms)) if norms > 0.0 else 1.0
-    if 1.0 - abs(cosine) < 1e-6:
+    if abs(cosine) > straight:
         return [1.0 - t, t]
     theta = math.acos(cosine)
     return [math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]

@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from surgery.ops.fast import kernels
 from surgery.ops.statistics import Array
 
 _PER_BLOCK = 8  # 32-bit numbers made by one step of the counter
@@ -16,9 +17,8 @@ _PER_BLOCK = 8  # 32-bit numbers made by one step of the counter
 
 def bits32(seed: int, key: str, start: int, count: int) -> Array:
     """Numbers `start` to `start + count` of the stream (seed, key): uint32, uniform."""
-    digest = blake2b(f"{seed}|{key}".encode(), digest_size=16).digest()
     first, skip = divmod(start, _PER_BLOCK)
-    generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
+    generator = np.random.Philox(key=int.from_bytes(_digest(seed, key), "little"), counter=first)
     words = generator.random_raw((skip + count + 1) // 2)
     return words.view(np.uint32)[skip : skip + count]
 
@@ -27,4 +27,16 @@ def bernoulli(density: float, seed: int, key: str, start: int, count: int) -> Ar
     """True with probability `density` (to 2**-32), for elements `start` to `start + count`."""
     if density >= 1.0:
         return np.ones(count, dtype=bool)
-    return bits32(seed, key, start, count) < np.uint32(min(round(density * 2**32), 2**32 - 1))
+    threshold = np.uint32(min(round(density * 2**32), 2**32 - 1))
+    compiled = kernels()
+    if compiled is None:
+        return bits32(seed, key, start, count) < threshold
+    first, skip = divmod(start, _PER_BLOCK)
+    words = np.frombuffer(_digest(seed, key), "<u8")
+    made = np.empty(count, dtype=bool)
+    compiled.philox_below(words[0], words[1], np.uint64(first), skip, np.uint64(threshold), made)
+    return made
+
+
+def _digest(seed: int, key: str) -> bytes:
+    return blake2b(f"{seed}|{key}".encode(), digest_size=16).digest()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from surgery.ops.fast import kernels
 from surgery.ops.statistics import Array, At
 
 _WHOLE = 1 << 20  # below this many elements everything is gathered at once: no sample needed
@@ -30,6 +31,19 @@ class Cut(NamedTuple):
     start: int
     ties: int
     everything: bool = False
+
+
+def kept(magnitude: Array, cut: Cut, at: At) -> Array:
+    """Where `cut` keeps magnitudes of the piece at `at`: bool."""
+    if cut.everything:
+        return np.ones(len(magnitude), dtype=bool)
+    threshold, here = magnitude.dtype.type(cut.threshold), (at.part, at.start)
+    if here < (cut.part, cut.start):
+        return np.asarray(magnitude >= threshold)
+    mask = magnitude > threshold
+    if here == (cut.part, cut.start):
+        mask[np.flatnonzero(magnitude == threshold)[: cut.ties]] = True
+    return np.asarray(mask)
 
 
 class _Bracket:
@@ -62,7 +76,10 @@ class _Bracket:
 
     def learn(self, windows: list[Array]) -> None:
         """Take in a sample; `half` becomes four standard errors of a rank, by how much windows disagree."""
-        self.sample = np.sort(np.concatenate(windows))
+        seen = np.concatenate(windows)
+        if not len(seen):
+            return
+        self.sample = np.sort(seen)
         middle = self.sample[round((1.0 - self.keep / self.total) * (len(self.sample) - 1))]
         shares = [np.count_nonzero(w > middle) / len(w) for w in windows if len(w)]
         self.half = max(0.002, 4.0 * float(np.std(shares)) / len(shares) ** 0.5)
@@ -70,12 +87,22 @@ class _Bracket:
 
 
 class TopK:
-    """Statistic: for each input, the cut that keeps its `int(density * n)` (at least 1) largest magnitudes."""
+    """Statistic: for each input, the cut that keeps its `int(density * n)` (at least 1) largest magnitudes.
 
-    def __init__(self, densities: Sequence[float], sizes: Sequence[int]) -> None:
+    counts: how many to keep instead, from 1 to n each.
+    """
+
+    def __init__(self, densities: Sequence[float], sizes: Sequence[int], *, counts: Sequence[int] | None = None) -> None:
         total = sum(sizes)
-        self._brackets = [_Bracket(min(total, max(1, int(d * total))) if total else 0, total) for d in densities]
+        if counts is None:
+            counts = [min(total, max(1, int(d * total))) if total else 0 for d in densities]
+        self._brackets = [_Bracket(count, total) for count in counts]
         self.sampled = total > _WHOLE
+
+    def keep(self, count: int, total: int) -> None:
+        """Change how many of how many to keep, of every input, before a pass is concluded."""
+        for bracket in self._brackets:
+            bracket.keep, bracket.total = count, total
 
     def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
         return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
@@ -83,6 +110,14 @@ class TopK:
     def _look(self, x: Array, bracket: _Bracket) -> Any:
         if bracket.cut is not None:
             return None
+        compiled = kernels() if x.dtype == np.float32 and x.flags.c_contiguous else None
+        if compiled is not None and not self.sampled and (bracket.low > 0.0 or bracket.high < np.inf):
+            gathered = np.empty(0 if bracket.single else len(x), np.float32)
+            low, high = np.float32(bracket.low), np.float32(bracket.high)
+            above, inside, finite = compiled.bracket(x, low, high, not bracket.single, gathered)
+            if not finite:
+                raise FloatingPointError("a magnitude is not finite")
+            return above, (inside if bracket.single else gathered[:inside].copy())
         magnitude = np.abs(x)
         if not np.isfinite(magnitude.max(initial=0.0)):
             raise FloatingPointError("a magnitude is not finite")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.ops.declare import choice, integer, number, pointwise, takes
+from surgery.ops.fast import kernels
 from surgery.ops.lazy import torch
 from surgery.ops.random import bernoulli
 from surgery.ops.statistics import Array, At, l1
@@ -45,6 +46,27 @@ def _statistic(count: int, sizes: Sequence[int], *, density: float, rescale: str
     return KeptShare(density, int(seed)) if rescale == "l1" and density < 1.0 else None
 
 
+def _factor(density: float, rescale: str, measured: float | None) -> float:
+    return {"inverse": 1.0 / density, "none": 1.0}.get(rescale, 1.0 if measured is None else measured)
+
+
+def _on_arrays(
+    deltas: Sequence[Array], *, density: float, rescale: str, seed: int, at: At, measured: float | None = None
+) -> Array:
+    """`dare` on numpy arrays."""
+    x = deltas[0]
+    if density >= 1.0:
+        return x
+    mask = bernoulli(density, int(seed), at.key, at.start, len(x))
+    factor = x.dtype.type(_factor(density, rescale, measured))
+    compiled = kernels() if x.dtype == np.float32 and x.flags.c_contiguous else None
+    if compiled is None:
+        return x * (mask.astype(x.dtype) * factor)
+    out = np.empty_like(x)
+    compiled.masked(x, mask, factor, out)
+    return out
+
+
 @pointwise(
     "dare",
     takes=takes("delta", space="delta"),
@@ -57,6 +79,7 @@ def _statistic(count: int, sizes: Sequence[int], *, density: float, rescale: str
     ],
     statistic=_statistic,
     needs=("at",),
+    arrays=_on_arrays,
 )
 def dare(
     deltas: Sequence[Tensor], *, density: float, rescale: str, seed: int, at: At, measured: float | None = None
@@ -83,5 +106,4 @@ def dare(
     if density >= 1.0:
         return x
     mask = torch.from_numpy(bernoulli(density, int(seed), at.key, at.start, x.numel())).to(x.device)
-    factor = {"inverse": 1.0 / density, "none": 1.0}.get(rescale, 1.0 if measured is None else measured)
-    return x * (mask.to(x.dtype).mul_(factor))
+    return x * (mask.to(x.dtype).mul_(_factor(density, rescale, measured)))

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.ops.fast import addresses, kernels
+
 Array = NDArray[Any]
-_BLOCK = 4096  # elements summed in the working precision before float64 takes over
+_BLOCK, _LANES = 4096, 64  # elements summed in the working precision before float64 takes over, and in how many lanes
 
 
 class At(NamedTuple):
@@ -67,32 +69,94 @@ class Sums:
         return self._result
 
 
+class RowGram:
+    """One pass: inner products of `vectors(inputs)` row by row, in float64; result (k, k, rows), None for an unknown part."""
+
+    sampled = False
+
+    def __init__(self, vectors: Callable[[Sequence[Array]], Sequence[Array]]) -> None:
+        self._vectors = vectors
+        self._rows: dict[int, Array] = {}
+
+    def observe(self, inputs: Sequence[Array], at: At) -> tuple[int, Array]:
+        """A piece is a number of whole rows, or lies inside one row."""
+        length = at.row or 1
+        whole = at.start % length == 0 and len(inputs[0]) % length == 0
+        shape = (-1, length) if whole else (1, -1)
+        vectors = [v.reshape(shape).astype(np.float64) for v in self._vectors(inputs)]
+        products = np.einsum("irk,jrk->ijr", vectors, vectors)
+        if not np.isfinite(products).all():
+            raise FloatingPointError("a product is not finite")
+        return at.start // length, products
+
+    def conclude(self, seen: list[tuple[At, Any]]) -> bool:
+        sums: dict[int, dict[int, Array]] = {}
+        for at, (row, products) in seen:
+            part = sums.setdefault(at.part, {})
+            part[row] = part[row] + products if row in part else products
+        self._rows = {part: np.concatenate([p[r] for r in sorted(p)], axis=2) for part, p in sums.items()}
+        return True
+
+    def result(self, part: int) -> Array | None:
+        return self._rows.get(part)
+
+
 def dot(a: Array, b: Array) -> float:
-    """Inner product of two flat arrays; blocks in their own precision, the rest in float64. No BLAS: same bits anywhere."""
-    whole = len(a) - len(a) % _BLOCK
-    left, right = a[:whole].reshape(-1, _BLOCK), b[:whole].reshape(-1, _BLOCK)
-    blocks = np.einsum("ij,ij->i", left, right).astype(np.float64)
-    again = np.flatnonzero(~(np.abs(blocks) < 1e30) | (np.abs(blocks) < 1e-30))  # products beyond float32's range
-    again = again[left[again].any(axis=1)]
-    if len(again):
-        blocks[again] = np.einsum("ij,ij->i", left[again].astype(np.float64), right[again].astype(np.float64))
-    rest = np.einsum("i,i->", a[whole:].astype(np.float64), b[whole:].astype(np.float64))
-    return float(blocks.sum(dtype=np.float64) + rest)
+    """Inner product of two flat arrays; see `gram`."""
+    return float(gram([a, b])[0, 1])
 
 
 def l1(a: Array) -> float:
-    """Sum of magnitudes of a flat array, as `dot` sums."""
+    """Sum of magnitudes of a flat array, summed as `gram` sums."""
     whole = len(a) - len(a) % _BLOCK
-    magnitudes = np.abs(a)
-    blocks = magnitudes[:whole].reshape(-1, _BLOCK).sum(axis=1)
-    return float(blocks.sum(dtype=np.float64) + magnitudes[whole:].sum(dtype=np.float64))
+    compiled = kernels() if a.dtype == np.float32 and a.flags.c_contiguous else None
+    if compiled is not None:
+        blocks = compiled.l1_blocks(a)
+    else:
+        blocks = _halves(np.abs(a[:whole]).reshape(-1, _BLOCK // _LANES, _LANES).sum(axis=1))
+    return float(blocks.sum() + np.abs(a[whole:]).sum(dtype=np.float64))
 
 
 def gram(vectors: Sequence[Array]) -> Array:
-    """All inner products (k, k) of k flat arrays."""
-    k = len(vectors)
-    made = np.zeros((k, k))
+    """All inner products (k, k) of k flat arrays of equal length.
+
+    Within blocks of 4096 elements 64 lanes are summed in the arrays' own precision, everything else in float64: the same bits
+    on every machine. No BLAS.
+    """
+    k, size = len(vectors), len(vectors[0])
+    whole = size - size % _BLOCK
+    compiled = kernels() if all(v.dtype == np.float32 and v.flags.c_contiguous for v in vectors) else None
+    if compiled is not None:
+        blocks = compiled.gram_blocks(addresses(vectors), size)
+    else:
+        blocks = np.empty((k, k, whole // _BLOCK))
+        for i in range(k):
+            for j in range(i, k):
+                with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                    products = (vectors[i][:whole] * vectors[j][:whole]).reshape(-1, _BLOCK // _LANES, _LANES)
+                    blocks[i, j] = blocks[j, i] = _halves(products.sum(axis=1))
+    made = np.empty((k, k))
     for i in range(k):
         for j in range(i, k):
-            made[i, j] = made[j, i] = dot(vectors[i], vectors[j])
+            made[i, j] = made[j, i] = _total(vectors[i], vectors[j], blocks[i, j], whole)
     return made
+
+
+def _total(a: Array, b: Array, blocks: Array, whole: int) -> float:
+    """The sum of `blocks` and of what is left after them; blocks whose products leave float32's range are summed again."""
+    again = np.flatnonzero(~(np.abs(blocks) < 1e30) | (np.abs(blocks) < 1e-30))
+    if len(again):
+        left, right = a[:whole].reshape(-1, _BLOCK), b[:whole].reshape(-1, _BLOCK)
+        again = again[left[again].any(axis=1)]
+        blocks[again] = np.einsum("ij,ij->i", left[again].astype(np.float64), right[again].astype(np.float64))
+    rest = np.einsum("i,i->", a[whole:].astype(np.float64), b[whole:].astype(np.float64))
+    return float(blocks.sum() + rest)
+
+
+def _halves(lanes: Array) -> Array:
+    """Sum over the last axis of 64 lanes, by halves, in float64."""
+    wide = lanes.astype(np.float64)
+    while wide.shape[-1] > 1:
+        half = wide.shape[-1] // 2
+        wide = wide[..., :half] + wide[..., half:]
+    return wide[..., 0]

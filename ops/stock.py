@@ -8,46 +8,22 @@ from typing import Any
 import numpy as np
 
 from surgery.ops.declare import boolean, choice, linear, takes
-from surgery.ops.statistics import Array, At, Sums, gram
+from surgery.ops.statistics import Array, RowGram, Sums, gram
 
 
 def _statistic(count: int, sizes: Sequence[int], *, granularity: str, **_: Any) -> Any:
-    return RowGram() if granularity == "row" else Sums(_delta_gram, lambda total: total)
+    return RowGram(_deltas) if granularity == "row" else Sums(_delta_gram, lambda total: total)
 
 
 def _delta_gram(inputs: Sequence[Array]) -> Array:
-    return gram([x - inputs[0] for x in inputs[1:]])
+    return gram(_deltas(inputs))
 
 
-class RowGram:
-    """Inner products of the deltas row by row: result (N, N, rows)."""
-
-    sampled = False
-
-    def __init__(self) -> None:
-        self._rows: dict[int, Array] = {}
-
-    def observe(self, inputs: Sequence[Array], at: At) -> tuple[int, Array]:
-        """A piece is a number of whole rows, or lies inside one row."""
-        length = at.row or 1
-        whole = at.start % length == 0 and len(inputs[0]) % length == 0
-        shape = (-1, length) if whole else (1, -1)
-        deltas = [(x - inputs[0]).reshape(shape).astype(np.float64) for x in inputs[1:]]
-        products = np.einsum("irk,jrk->ijr", deltas, deltas)
-        if not np.isfinite(products).all():
-            raise FloatingPointError("a product is not finite")
-        return at.start // length, products
-
-    def conclude(self, seen: list[tuple[At, Any]]) -> bool:
-        sums: dict[int, dict[int, Array]] = {}
-        for at, (row, products) in seen:
-            part = sums.setdefault(at.part, {})
-            part[row] = part[row] + products if row in part else products
-        self._rows = {part: np.concatenate([p[r] for r in sorted(p)], axis=2) for part, p in sums.items()}
-        return True
-
-    def result(self, part: int) -> Array | None:
-        return self._rows.get(part)
+def _deltas(inputs: Sequence[Array]) -> list[Array]:
+    deltas = np.empty((len(inputs) - 1, len(inputs[0])), inputs[0].dtype)
+    for delta, x in zip(deltas, inputs[1:], strict=True):
+        np.subtract(x, inputs[0], out=delta)
+    return list(deltas)
 
 
 @linear(

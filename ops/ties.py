@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.ops.declare import boolean, choice, number, pointwise, takes
+from surgery.ops.fast import addresses, kernels
 from surgery.ops.lazy import torch
 from surgery.ops.select import Cut, TopK
-from surgery.ops.statistics import At
+from surgery.ops.statistics import Array, At
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,62 @@ def trimmed(x: Tensor, cut: Cut, at: At) -> Tensor:
     return kept
 
 
+def _trim_array(x: Array, cut: Cut, at: At) -> tuple[Array, float]:
+    """`trimmed` for arrays, as (values, magnitude above which they count)."""
+    if cut.everything or cut.threshold == 0.0:
+        return x, -1.0
+    here = (at.part, at.start)
+    if here < (cut.part, cut.start):
+        return x, float(np.nextafter(x.dtype.type(cut.threshold), x.dtype.type(0)))
+    if here > (cut.part, cut.start):
+        return x, cut.threshold
+    magnitude = np.abs(x)
+    keep = magnitude > cut.threshold
+    keep[np.flatnonzero(magnitude == cut.threshold)[: cut.ties]] = True
+    return np.where(keep, x, x.dtype.type(0)), -1.0
+
+
+def _on_arrays(
+    deltas: Sequence[Array],
+    *,
+    weight: Sequence[float],
+    elect: str,
+    normalize: bool,
+    like: str,
+    at: At,
+    measured: list[Cut] | None = None,
+    **_: Any,
+) -> Array:
+    """`ties` on numpy arrays, in the same order of operations."""
+    pairs = [(x, -1.0) for x in deltas]
+    if measured is not None:
+        pairs = [_trim_array(x, cut, at) for x, cut in zip(deltas, measured, strict=True)]
+    kind = deltas[0].dtype.type
+    compiled = kernels() if kind is np.float32 and all(x.flags.c_contiguous for x, _ in pairs) else None
+    if compiled is not None:
+        out = np.empty(len(deltas[0]), np.float32)
+        thresholds = np.array([t for _, t in pairs], np.float32)
+        weights = np.array(weight, np.float32)
+        where = addresses([x for x, _ in pairs])
+        compiled.elect(where, thresholds, weights, elect == "count", like == "peft", normalize, out)
+        return out
+    kept = [x if t < 0.0 else np.where(np.abs(x) > kind(t), x, kind(0)) for x, t in pairs]
+    weighted = [x if w == 1.0 else x * kind(w) for x, w in zip(kept, weight, strict=True)]
+    voters = kept if like == "peft" else weighted
+    total = np.zeros_like(kept[0])
+    for v in voters:
+        total += v if elect == "sum" else np.sign(v)
+    sign = np.where(total >= 0, kind(1), kind(-1))
+    mass, share = np.zeros_like(total), np.zeros_like(total)
+    for x, voter, w in zip(weighted, voters, weight, strict=True):
+        agrees = voter * sign > 0
+        mass += np.where(agrees, x, kind(0))
+        share += np.where(agrees, kind(1.0 if like == "peft" else w), kind(0))
+    if normalize:
+        mass /= np.maximum(share, np.finfo(kind).tiny) if min(weight) > 0.0 else np.where(share == 0, kind(1), share)
+    return mass
+
+
 @pointwise(
     "ties",
     takes=takes("deltas…", space="delta", at_least=1),
@@ -51,6 +108,7 @@ def trimmed(x: Tensor, cut: Cut, at: At) -> Tensor:
     statistic=_statistic,
     scope=lambda trim, **_: trim or "tensor",
     needs=("at",),
+    arrays=_on_arrays,
     presets={
         "like": {"paper": {"trim": "global"}, "mergekit": {"trim": "tensor"}, "peft": {"trim": "tensor"}},
     },

@@ -9,18 +9,19 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery import ops, steps
-    from surgery.api import Checkpoint, load, open
+    from surgery.api import Checkpoint, align, load, open
     from surgery.errors import Failed, Refused, SurgeryError
 
 _HOME = {
     "Checkpoint": "surgery.api",
+    "align": "surgery.api",
     "open": "surgery.api",
     "load": "surgery.api",
     "Refused": "surgery.errors",
     "Failed": "surgery.errors",
     "SurgeryError": "surgery.errors",
 }
-__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "load", "open", "ops", "steps"]
+__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "align", "load", "open", "ops", "steps"]
 
 
 def __getattr__(name: str) -> Any:

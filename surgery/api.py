@@ -18,12 +18,19 @@ from surgery.inputs import open_node
 from surgery.ops.declare import Op
 
 
-def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoint:
+def open(
+    source: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | Checkpoint | None = None
+) -> Checkpoint:
     """Open a checkpoint lazily: a file, a directory or a hub id (`org/name@revision`). Only headers are read.
 
-    name: what plans and messages call it; default the last part of the path. Raises Refused.
+    name: what plans and messages call it; default the last part of the path. base: what a delta package is applied to; without
+    one, a lossy package is a delta. Raises Refused.
     """
-    return Checkpoint(open_node(os.fspath(source), label=name))
+    if base is None or isinstance(base, Checkpoint):
+        below = None if base is None else base.node
+    else:
+        below = open_node(os.fspath(base))
+    return Checkpoint(open_node(os.fspath(source), label=name, base=below))
 
 
 def load(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -31,6 +38,35 @@ def load(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     from surgery.recipe.native import read_recipe
 
     return Checkpoint(read_recipe(recipe, overrides or {}).node)
+
+
+def align(
+    checkpoints: Sequence[Checkpoint],
+    tokenizer: str | Mapping[str, Any] = "union",
+    *,
+    base: str | None = None,
+    chat_template: str | None = None,
+    pad_to_multiple_of: int | None = None,
+) -> list[Checkpoint]:
+    """The same models, lazily, with the vocabulary rows of all of them in the places that one tokenizer gives them.
+
+    tokenizer: "union", "base", the name of a checkpoint (as in `open(..., name=)`), or
+    `{"source": …, "tokens": {token: {"source": …, "force": …}}, "pad_to_multiple_of": …}` as in recipes. base: the name of the
+    checkpoint that "base" means; default the first. What is made of them carries the tokenizer along when it is saved.
+    Raises Refused.
+    """
+    from surgery.vocabulary import Policy
+    from surgery.vocabulary import align as aligned
+
+    names = [c.node.label or f"input {i + 1}" for i, c in enumerate(checkpoints)]
+    for name in names:
+        if names.count(name) > 1:
+            raise Refused(f"two checkpoints are called `{name}`", hint="open(..., name=...) tells them apart")
+    models = {name: c.node for name, c in zip(names, checkpoints, strict=True)}
+    policy = Policy.read(
+        tokenizer, names, base=base, chat_template=chat_template, pad_to_multiple_of=pad_to_multiple_of
+    )
+    return [Checkpoint(node) for node in aligned(models, policy, keep=True).nodes.values()]
 
 
 class LazyTensor:
@@ -193,11 +229,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
     # -- doing ---------------------------------------------------------------------------------------------------------
 
     def plan(self, **settings: Any) -> Any:
-        """What saving this would read, compute and write. settings: dtype, shard_size, tokenizer, integers, precision."""
+        """What saving this would read, compute and write.
+
+        settings: dtype, shard_size, tokenizer (the name of an input, whose tokenizer goes along), chat_template, integers,
+        precision. Inputs whose tokens differ are aligned first, by `surgery.align`.
+        """
         from surgery.checkpoint.layout import parse_size
         from surgery.engine.plan import make_plan
         from surgery.engine.settings import Settings
+        from surgery.vocabulary.find import settle
 
+        settle(self.node, settings)
         if "shard_size" in settings:
             settings["shard_size"] = parse_size(settings["shard_size"])
         if settings.get("dtype") is not None:
@@ -275,4 +317,4 @@ def _ops() -> Mapping[str, Op]:
     return registry
 
 
-__all__ = ["Checkpoint", "Layers", "LazyTensor", "load", "open"]
+__all__ = ["Checkpoint", "Layers", "LazyTensor", "align", "load", "open"]

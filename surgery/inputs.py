@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from surgery.adapter import kinds as adapters
 from surgery.checkpoint.source import open_source
 from surgery.errors import Refused
 from surgery.graph.node import Node, SourceNode
+from surgery.statistics.node import statistics_checkpoint
 
 Kind = Callable[[str, str | None, Mapping[str, str]], Node | None]
 
@@ -19,16 +21,39 @@ def _checkpoint(location: str, label: str | None, where: Mapping[str, str]) -> N
     return SourceNode(open_source(location, label=label), label, where)
 
 
-KINDS: list[Kind] = [_checkpoint]
+def _adapted(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
+    """`base+adapter`, `base@revision+adapter@revision`, and several adapters one after the other."""
+    parts = adapters.split(location, where)
+    if parts is None:
+        return None
+    return adapters.adapted(open_node(parts[0], label=label, where=where), parts[1], label, where)
 
 
-def open_node(location: str, *, label: str | None = None, where: Mapping[str, str] | None = None) -> Node:
+def _package(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
+    """A delta package alone."""
+    if not location.endswith(".safetensors"):
+        return None
+    from surgery.delta.open import package
+
+    return package(location, label, where)
+
+
+KINDS: list[Kind] = [_package, _adapted, adapters.adapter, statistics_checkpoint, _checkpoint]
+
+
+def open_node(
+    location: str, *, base: Node | None = None, label: str | None = None, where: Mapping[str, str] | None = None
+) -> Node:
     """Open a path, hub id (`org/name@revision`) or whatever else `KINDS` know. Reads headers only. Raises Refused.
 
-    where: parameter or "" -> `file:line:col`, put in front of messages.
+    base: what a delta package is applied to. where: parameter or "" -> `file:line:col`, put in front of messages.
     """
     where = where or {}
     try:
+        if base is not None:
+            from surgery.delta.open import on_base
+
+            return on_base(location, base, label=label, where=where)
         for kind in KINDS:
             node = kind(location, label, where)
             if node is not None:

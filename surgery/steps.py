@@ -5,8 +5,10 @@ A room with steps of its own adds its module here.
 
 from typing import Any
 
-from surgery.graph import edit_forms  # noqa: F401
+from surgery.adapter import merge  # noqa: F401
+from surgery.graph import edit_forms, stack_forms  # noqa: F401
 from surgery.graph.forms import Form, forms
+from surgery.reshape import forms as _reshape  # noqa: F401
 
 
 def get(name: str) -> Form | None:

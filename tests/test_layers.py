@@ -16,10 +16,13 @@ BELOW = {
     "engine": {"graph", "checkpoint", "ops", "errors", "version"},
     "adapter": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
     "delta": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
-    "inputs": {"adapter", "delta", "graph", "checkpoint", "errors"},
-    "steps": {"adapter", "delta", "graph", "errors"},
-    "recipe": {"inputs", "steps", "engine", "graph", "checkpoint", "ops", "errors"},
-    "api": {"live", "recipe", "inputs", "engine", "graph", "checkpoint", "ops", "errors"},
+    "vocabulary": {"engine", "graph", "checkpoint", "ops", "errors"},
+    "statistics": {"graph", "checkpoint", "errors", "version"},
+    "reshape": {"statistics", "graph", "checkpoint", "ops", "errors"},
+    "inputs": {"adapter", "delta", "statistics", "graph", "checkpoint", "errors"},
+    "steps": {"adapter", "delta", "reshape", "graph", "errors"},
+    "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 
 

@@ -24,8 +24,7 @@ def test_wheel_holds_every_module(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
-    folders = {f"surgery/{p.relative_to(ROOT / 'surgery')}" for p in (ROOT / "surgery").glob("*/*.py")}
-    folders |= {f"surgery/{p.name}" for p in (ROOT / "surgery").glob("*.py")}
+    folders = {f"surgery/{p.relative_to(ROOT / 'surgery')}" for p in (ROOT / "surgery").rglob("*.py")}
     folders |= {f"surgery/ops/{p.name}" for p in (ROOT / "ops").glob("*.py")}
     assert inside == folders
     assert not any(n.startswith("ops/") for n in inside), "a top-level `ops` would overwrite another project"

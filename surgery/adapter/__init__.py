@@ -1,1 +1,1 @@
-"""Adapters: low-rank deltas as what they are."""
+"""Low-rank adapters as what they are: read, added to models, merged with each other, extracted and written."""

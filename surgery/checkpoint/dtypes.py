@@ -61,6 +61,7 @@ BY_TORCH = {d.torch: d for d in _ALL}
 _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _ALIASES |= {"fp64": "float64", "double": "float64", "f32": "float32", "f16": "float16", "float8_e4m3": "float8_e4m3fn"}
 
+BF16 = BY_NAME["BF16"]
 F32 = BY_NAME["F32"]
 F64 = BY_NAME["F64"]
 WRITABLE_FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")

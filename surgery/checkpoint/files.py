@@ -44,6 +44,8 @@ def _file(path: Path) -> Located:
         return Located(path.parent, *_indexed(path), None)
     if path.suffix == ".safetensors" or path.suffix in PICKLED:
         return Located(path.parent, [path], None, None)
+    if path.suffix == ".gguf":
+        raise _gguf(path)
     raise Refused(f"{path}: not a weight file", hint=f"known endings: .safetensors, {', '.join(PICKLED)}, .index.json")
 
 
@@ -64,7 +66,7 @@ def _directory(path: Path, revision: str | None) -> Located:
             return Located(path, [path / single], None, revision)
         found = sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("training_args"))
         if len(found) == 1 and found[0].name.startswith("adapter_model"):
-            raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="merge it into its base first")
+            raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="open it with its base: BASE+ADAPTER")
         if len(found) == 1:
             return Located(path, found, None, revision)
         if found:
@@ -73,8 +75,19 @@ def _directory(path: Path, revision: str | None) -> Located:
                 f"{path}: {len(found)} weight files ({names}, …) and no {index} to say how they belong together",
                 hint="name one file, or restore the index",
             )
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise _gguf(ggufs[0])
     other = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise Refused(f"{path}: no weights in it (found {other})", hint="expected *.safetensors or pytorch_model*.bin")
+
+
+def _gguf(path: Path) -> Refused:
+    return Refused(
+        f"{path}: a GGUF file: quantised for llama.cpp, with tensors renamed and permuted",
+        hint="use the model it was made from, or unpack it first: "
+        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}").save_pretrained("unpacked")',
+    )
 
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.config import is_language, subconfigs
+from surgery.checkpoint.pieces import sentencepieces
 from surgery.checkpoint.structure import Shape, structure_of
 from surgery.checkpoint.ties import is_token_embedding
 from surgery.errors import Refused
 
+# Tokenizers whose ids are not those of their SentencePiece model.
+_SHIFTED = {"BarthezTokenizer", "BartphoTokenizer", "CamembertTokenizer", "MBart50Tokenizer", "MBartTokenizer"}
+_SHIFTED |= {"NllbTokenizer", "PegasusTokenizer", "PLBartTokenizer", "XGLMTokenizer", "XLMRobertaTokenizer"}
 # Tables that may have as many rows as the vocabulary by chance alone.
 _OTHER_TABLES = ("position", "pos_emb", "embed_pos", "wpe", "rel_embed", "token_type", "patch")
 
@@ -32,8 +36,9 @@ def vocabulary_rows(shapes: Mapping[str, Shape], config: Mapping[str, Any] | Non
     """Tensors with one slice per token, and the axis along which they lie: `{"lm_head.weight": 0}`.
 
     Embeddings, heads and head biases have axis 0; a bias stored as `(1, vocabulary)` has axis 1. Only tensors
-    outside blocks are looked at, and tables of positions are left out. When the config states no size, it is
-    taken from the token embeddings.
+    outside blocks are looked at; tables of positions are left out, and vectors that are no bias of a matrix (a
+    norm may be as long as a small vocabulary). When the config states no size, it is taken from the token
+    embeddings.
     """
     structure = structure_of(shapes)
     outside = {name: shape for name, shape in shapes.items() if structure.block(name) is None}
@@ -44,31 +49,85 @@ def vocabulary_rows(shapes: Mapping[str, Shape], config: Mapping[str, Any] | Non
         name: next(axis for axis, length in enumerate(shape) if length in sizes)
         for name, shape in outside.items()
         if len(shape) <= 2 and sizes.intersection(shape) and not any(word in name for word in _OTHER_TABLES)
+        if len(shape) == 2 or (name.endswith("bias") and len(shapes.get(f"{name[:-4]}weight", (0, 0))) == 2)
     }
 
 
 def token_ids(directory: Path) -> dict[str, int] | None:
-    """The token -> id map of a checkpoint folder; None when it holds no vocabulary that is text.
+    """The token -> id map of a checkpoint folder, as `read_tokens` finds it; None when it finds none."""
+    found = read_tokens(directory)
+    return None if found is None else found.ids
 
-    Read from `tokenizer.json`, else `vocab.json`, else `vocab.txt`, each with the added tokens stored beside
-    it. A SentencePiece or tiktoken model alone is not read.
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenizer's tokens. kind: `BPE`, `WordPiece`, `WordLevel`, `Unigram`, or "" where the files do not say. added: those
+    that are matched before the model splits the text, with their flags as tokenizer.json has them (`special`, `lstrip`, …).
+    whole_words: of a BPE, whether a word that is a token is one whatever the merge rules say (`ignore_merges`)."""
+
+    ids: dict[str, int]
+    kind: str
+    added: dict[str, dict[str, Any]]
+    whole_words: bool = False
+
+
+def read_tokens(directory: Path) -> TokenFile | None:
+    """The tokens of a checkpoint folder; None when it holds no vocabulary that can be read here.
+
+    Read from `tokenizer.json`, else `vocab.json`, else `vocab.txt`, else a SentencePiece `tokenizer.model` whose ids are
+    those of its pieces, each with the added tokens stored beside it. A tiktoken model alone is not read.
 
     Raises:
         Refused: a file is not what its name promises.
     """
     directory = Path(directory)
+    kind, whole_words = "", False
+    added: dict[str, dict[str, Any]] = {}
+    config = _load(path) if (path := directory / "tokenizer_config.json").is_file() else {}
+    config = config if isinstance(config, dict) else {}
     if (path := directory / "tokenizer.json").is_file():
-        return _from_tokenizer_json(path)
-    if (path := directory / "vocab.json").is_file():
+        ids, kind, added, whole_words = _from_tokenizer_json(path)
+    elif (path := directory / "vocab.json").is_file():
         ids = _checked(_load(path), path)
     elif (path := directory / "vocab.txt").is_file():
         with path.open(encoding="utf-8", newline="\n") as lines:
             ids = {line.rstrip("\r\n"): i for i, line in enumerate(lines)}
+    elif (path := directory / "tokenizer.model").is_file() and not _has_other_ids(config):
+        try:
+            ids = {piece: i for i, piece in enumerate(sentencepieces(path))}
+        except Refused:
+            return None  # other formats go by this name too
     else:
         return None
-    if (path := directory / "added_tokens.json").is_file():
-        ids.update(_checked(_load(path), path))
-    return ids
+    if kind == "" and (path := directory / "added_tokens.json").is_file():
+        more = _checked(_load(path), path)
+        ids.update(more)
+        added.update((token, added_entry(token)) for token in more)
+    for token, i, entry in _decoder(config):
+        if ids.setdefault(token, i) == i:
+            added.setdefault(token, entry)
+    return TokenFile(ids, kind, added, whole_words)
+
+
+def added_entry(token: str, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The entry of an added token in `tokenizer.json`, without its id."""
+    flags = flags or {}
+    special = bool(flags.get("special", False))
+    plain = {key: bool(flags.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
+    return {"content": token, **plain, "normalized": bool(flags.get("normalized", not special)), "special": special}
+
+
+def _decoder(config: Mapping[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(token, id, entry) of `added_tokens_decoder` in tokenizer_config.json; what is no such entry is left out."""
+    found = config.get("added_tokens_decoder")
+    for key, flags in found.items() if isinstance(found, dict) else ():
+        if key.isdigit() and isinstance(flags, dict) and isinstance(flags.get("content"), str):
+            yield flags["content"], int(key), added_entry(flags["content"], flags)
+
+
+def _has_other_ids(config: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer's class puts the pieces at other ids than the SentencePiece model does."""
+    return str(config.get("tokenizer_class", "")).removesuffix("Fast") in _SHIFTED
 
 
 @dataclass(frozen=True)
@@ -100,20 +159,23 @@ def compare_vocabularies(a: Mapping[str, int], b: Mapping[str, int]) -> Vocabula
     )
 
 
-def _from_tokenizer_json(path: Path) -> dict[str, int]:
+def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], str, dict[str, dict[str, Any]], bool]:
     content = _load(path)
     model = content.get("model") if isinstance(content, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") or [] if isinstance(content, dict) else []
+    entries = content.get("added_tokens") or [] if isinstance(content, dict) else []
     try:
         if isinstance(vocab, list):  # Unigram: [token, score] in order of id
             ids: Any = {piece[0]: i for i, piece in enumerate(vocab)}
         else:
             ids = dict(vocab or {})
-        ids.update((token["content"], token["id"]) for token in added)
-    except (KeyError, IndexError, TypeError, ValueError):
+        ids.update((token["content"], token["id"]) for token in entries)
+        added = {token["content"]: added_entry(token["content"], token) for token in entries}
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise Refused(f"{path}: not a tokenizer: its vocabulary cannot be read") from None
-    return _checked(ids, path)
+    model = model if isinstance(model, dict) else {}
+    kind = model.get("type")
+    return _checked(ids, path), kind if isinstance(kind, str) else "?", added, model.get("ignore_merges") is True
 
 
 def _load(path: Path) -> Any:

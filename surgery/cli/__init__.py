@@ -17,9 +17,16 @@ COMMANDS = {
     "run": "Carry out a recipe.",
     "inspect": "Show what a checkpoint holds.",
     "diff": "Show how two checkpoints differ, per tensor and per layer.",
+    "interference": "Show how much fine-tunes of one base would get in each other's way.",
+    "convert": "Print a mergekit recipe as a native one.",
     "edit": "Run a script's edit(checkpoint) and write the result.",
+    "delta": "Ship a fine-tune as what changed from its base.",
+    "depth": "Show which blocks of a model can be dropped.",
+    "gates": "Make router weights for a mixture of experts from prompts.",
+    "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "ops": "List operators, or explain one.",
     "schema": "Print the JSON Schema of recipes.",
+    "statistics": "Collect what merging by data needs: Gram matrices, Fisher information.",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocab
 from surgery.engine.plan import Plan
 from surgery.errors import Refused, did_you_mean
 from surgery.graph.expr import Read, walk
+from surgery.graph.node import Node, SourceNode, sources_of
+from surgery.graph.scaled import Dequantised
 
 _SCALES = ("_scale_inv", "_scale", ".scale", "_scales", ".scales")
 
@@ -23,6 +26,7 @@ def check(plan: Plan) -> None:
     _tokenizer(plan)
     _quantised(plan)
     _vocabularies(plan)
+    plan.warnings += plan.settings.vocabulary.warnings if plan.settings.vocabulary is not None else []
     plan.config = _config(plan)
     if plan.node.space == "delta":
         plan.warnings.append("the output is a delta, not a model: add it to a base to use it")
@@ -52,8 +56,10 @@ def _quantised(plan: Plan) -> None:
     for program in plan.programs:
         if program.copies:
             continue
-        for e in walk([program.expr]):
-            if not isinstance(e, Read):
+        exprs = list(walk([program.expr]))
+        scaled = {id(a) for e in exprs if isinstance(e, Dequantised) for a in e.args}
+        for e in exprs:
+            if not isinstance(e, Read) or id(e) in scaled:
                 continue
             source, name = e.source, e.stored.name
             stem = name.removesuffix(".weight")
@@ -72,22 +78,24 @@ def _quantised(plan: Plan) -> None:
 
 
 def _vocabularies(plan: Plan) -> None:
-    """Rows of embeddings that are combined must stand for the same tokens."""
+    """Rows of embeddings that are combined must stand for the same tokens. Models that were aligned do."""
     donor = plan.donor
     if donor is None or donor.directory is None:
         return
-    rows = vocabulary_rows({p.name: p.shape for p in plan.programs}, donor.config)
+    rows = vocabulary_rows({p.name: p.shape for p in plan.programs}, plan.node.config)
     combined: dict[int, Source] = {}
     for name in rows:
         reads = {id(e.source): e.source for e in walk([plan.by_name[name].expr]) if isinstance(e, Read)}
         if len(reads) > 1:
             combined |= reads
-    others = [s for s in combined.values() if s is not donor and s.directory is not None]
-    different = [s for s in others if not _same_tokenizer(donor.directory, s.directory)]
-    if not different:
-        return
-    base = token_ids(donor.directory)
-    for source in different:
+    aligned, vocabulary = _aligned(plan.node), plan.settings.vocabulary
+    loose = [s for i, s in combined.items() if i not in aligned and s.directory is not None]
+    if vocabulary is None or len(loose) == len(combined):
+        loose = [s for s in loose if not _same_tokenizer(donor.directory, s.directory)]
+        base: Mapping[str, int] | None = token_ids(donor.directory) if loose else None
+    else:
+        base = vocabulary.ids or None
+    for source in loose:
         assert source.directory is not None
         mine = token_ids(source.directory)
         found = compare_vocabularies(base, mine) if base is not None and mine is not None else None
@@ -97,9 +105,25 @@ def _vocabularies(plan: Plan) -> None:
         if found.moved:
             raise Refused(
                 f"{summary}; their embeddings cannot be combined row by row",
-                hint="merging different vocabularies is not supported here yet; use models that share a tokenizer",
+                hint="align them: output: {tokenizer: union}, or the name of the model whose tokenizer to take; "
+                "in Python surgery.align([...])",
             )
         plan.warnings.append(summary)
+
+
+def _aligned(root: Node) -> set[int]:
+    """Sources that the output reaches only by way of an alignment, by id."""
+    loose: set[int] = set()
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen or getattr(node, "vocabulary", None) is not None:
+            continue
+        seen.add(id(node))
+        if isinstance(node, SourceNode):
+            loose.add(id(node.source))
+        stack.extend(node.inputs)
+    return {id(s.source) for s in sources_of(root)} - loose
 
 
 def _same_tokenizer(a: Path, b: Path | None) -> bool:
@@ -152,14 +176,14 @@ def _true_vocabulary(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     donor = plan.donor
     if donor is None:
         return config
-    sizes = vocabulary_sizes(donor.config)
+    sizes = vocabulary_sizes(config)
     rows = vocabulary_rows({n: t.shape for n, t in donor.tensors.items()}, donor.config)
     grown = {
         plan.by_name[n].shape[axis]
         for n, axis in rows.items()
         if n in plan.by_name and plan.by_name[n].shape[axis] != donor.tensors[n].shape[axis]
     }
-    if len(sizes) == 1 and len(grown) == 1:
+    if len(sizes) == 1 and len(grown) == 1 and not sizes & grown:
         size = grown.pop()
         plan.warnings.append(f"the vocabulary grows from {sizes.pop()} to {size} rows; does the tokenizer have the new tokens?")
         return configs.with_vocab_size(config, size)

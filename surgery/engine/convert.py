@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
+from surgery.ops.fast import kernels
 
 Array = NDArray[Any]
 
@@ -52,13 +53,25 @@ def typed(raw: Array, dtype: DType) -> Array:
 
 def decode(raw: Array, dtype: DType, out: Array) -> None:
     """Stored bytes into `out` (float32 or float64)."""
+    if dtype.name == "BF16" and out.dtype == np.float32 and raw.flags.writeable and (compiled := kernels()) is not None:
+        compiled.decode_bf16(raw.view(np.uint16), out)
+        return
     out[...] = typed(raw, dtype)
 
 
-def encode(values: Array, dtype: DType, out: Array) -> None:
-    """`values` rounded to `dtype` into the bytes `out` (uint8). Values too large become infinite or NaN."""
+def encode(values: Array, dtype: DType, out: Array) -> bool | None:
+    """`values` rounded to `dtype` into the bytes `out` (uint8). Values too large become infinite or NaN.
+
+    Returns whether all results are finite, or None if that came at a cost: then ask `is_finite`.
+    """
+    if dtype.name == "BF16" and values.dtype == np.float32 and values.flags.writeable and values.flags.c_contiguous:
+        compiled = kernels()
+        if compiled is not None:
+            sound: bool = compiled.encode_bf16(values, out.view(np.uint16))
+            return sound
     with np.errstate(over="ignore", invalid="ignore"):
         typed(out, dtype)[...] = values
+    return None
 
 
 def is_finite(raw: Array, dtype: DType, scratch: Array) -> bool:

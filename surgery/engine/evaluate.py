@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.dtypes import DType
+from surgery.checkpoint.dtypes import BF16, DType
 from surgery.checkpoint.stored import Stored
 from surgery.engine import convert
 from surgery.engine.convert import Array
@@ -23,7 +23,10 @@ from surgery.engine.torch_threads import worker_torch
 from surgery.errors import Failed
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
 from surgery.ops.eager import row_length
+from surgery.ops.fast import addresses, kernels
 from surgery.ops.statistics import At
+
+_FUSED = 1 << 16  # elements summed at a time by the fused kernel: its inputs and output stay in the second-level cache
 
 
 class Disagreement(Exception):
@@ -45,6 +48,8 @@ class Evaluator:
         self._used = 0
         self._raw = np.empty(PIECE * 8, np.uint8)
         self.scratch = np.empty(PIECE * 8, np.uint8)
+        self._small = False  # few elements from elsewhere are wanted: not worth a buffer of the arena
+        self.sound: bool | None = None  # whether the last output is all finite; None: not known
         self._work: Any = np.float32
         self._start = self._stop = 0
         self._memo: dict[int, Array] = {}
@@ -55,6 +60,7 @@ class Evaluator:
         self._start, self._stop, self._used = start, stop, 0
         self._work = np.float64 if wide else np.float32
         self._memo.clear()
+        self.sound = None
         self._shared = shared
         self.seen.clear()
 
@@ -88,11 +94,9 @@ class Evaluator:
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """Plain multiplications and additions in a fixed order: the same bits on every machine."""
-        narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
-        if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):
+        anchored, coefs, args = _ordered(coefs, args)
+        if anchored:
             return self._anchored(coefs, args, shape)
-        if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
-            coefs, args = [*coefs[1:], coefs[0]], [*args[1:], args[0]]
         total: Array | None = None  # may be a borrowed value until something is added to it
         spare: Array | None = None
         for coef, arg in zip(coefs, args, strict=True):
@@ -119,7 +123,7 @@ class Evaluator:
                 spare = None
             else:
                 before = total
-            (np.subtract if coef == -1.0 else np.add)(before, known, out=total)
+            (np.subtract if isinstance(coef, float) and coef == -1.0 else np.add)(before, known, out=total)
             spare = into if into is not None else spare
         if total is None:
             total = self._buffer()
@@ -186,13 +190,15 @@ class Evaluator:
 
     def elsewhere(self, start: int, stop: int, look: Callable[[Expr], Array], expr: Expr) -> Array:
         """`look(expr)` at another range of elements than the current piece."""
-        kept = self._start, self._stop, self._memo, self._raw
+        kept = self._start, self._stop, self._memo, self._raw, self._watched, self._small
         try:
             self._start, self._stop, self._memo = start, stop, {}
             self._raw = np.empty(0, np.uint8)  # what the current piece has decoded so far stays valid
+            self._watched = frozenset()  # digests are of pieces in order: this may be neither
+            self._small = stop - start < PIECE // 16
             return look(expr)
         finally:
-            self._start, self._stop, self._memo, self._raw = kept
+            self._start, self._stop, self._memo, self._raw, self._watched, self._small = kept
 
     def _rounded(self, expr: Rounded) -> Array:
         stored = np.empty((self._stop - self._start) * expr.dtype.size, np.uint8)
@@ -207,13 +213,13 @@ class Evaluator:
             measured["measured"] = expr.measure.statistic.result(expr.part)
         op = expr.op
         if op.linear:
-            coefs = op.function(len(expr.args), **expr.params, **expr.extra, **measured)
-            kept = [(c if isinstance(c, np.ndarray) and c.ndim else float(c), a) for c, a in zip(coefs, expr.args, strict=True)]
-            kept = [(c, a) for c, a in kept if not (isinstance(c, float) and c == 0.0)]
-            return self._sum([c for c, _ in kept], [a for _, a in kept], expr.shape)
-        torch = worker_torch()
+            return self._sum(*_combination(expr), expr.shape)
         if "at" in op.needs:
             measured["at"] = self.at(expr)
+        if op.arrays is not None:
+            inputs = [self.values(a) for a in expr.args]
+            return op.arrays(inputs, **expr.params, **expr.extra, **measured)
+        torch = worker_torch()
         tensors = [torch.from_numpy(self.values(a)) for a in expr.args]
         row = row_length(expr.shape) or 1
         if op.locality == "matrix":
@@ -287,9 +293,48 @@ class Evaluator:
             isinstance(expr, Read | Literal | Agree | Mapped) or (isinstance(expr, Derived) and expr.exact)
         ):
             return self.raw(expr)
+        if dtype is BF16 and (fused := self._fused(expr)) is not None:
+            return fused
         values = self.values(expr)
         out = self._space(dtype.size)
-        convert.encode(values, dtype, out)
+        self.sound = convert.encode(values, dtype, out)
+        return out
+
+    def _fused(self, expr: Expr) -> Array | None:
+        """A weighted sum of stored bfloat16 tensors as bfloat16, in one go; None if `expr` is something else."""
+        compiled = kernels()
+        if compiled is None or self._work is not np.float32:
+            return None
+        if not (isinstance(expr, Weighted) or (isinstance(expr, Applied) and expr.op.linear)):
+            return None
+        if not 1 <= len(expr.args) <= 64 or any(not isinstance(a, Read) or a.dtype is not BF16 for a in expr.args):
+            return None
+        coefs, args = _combination(expr)
+        if not args or any(not isinstance(c, float) for c in coefs):
+            return None
+        if self._profile is None:
+            return self._sum_fused(coefs, args)
+        with self._profile.node(expr.origin):
+            return self._sum_fused(coefs, args)
+
+    def _sum_fused(self, coefs: Sequence[float], args: Sequence[Expr]) -> Array:
+        anchored, coefs, args = _ordered(coefs, args)
+        out, factors = self._space(2), np.array(coefs, np.float32)
+        watched = any(id(a.source) in self._watched for a in args if isinstance(a, Read))
+        step = self._stop - self._start if watched else _FUSED
+        buffers = [self._bytes(min(step, self._stop - self._start) * 2) for _ in args]
+        places = addresses(buffers)
+        self.sound = True
+        start, stop = self._start, self._stop
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            self._start, self._stop = a, b
+            for arg, buffer in zip(args, buffers, strict=True):
+                self._fetch(arg, buffer[: (b - a) * 2])  # type: ignore[arg-type]
+            piece = out[(a - start) * 2 : (b - start) * 2].view(np.uint16)
+            sound = kernels().weighted_bf16(places, b - a, factors, anchored, piece)
+            self.sound = self.sound and sound
+        self._start, self._stop = start, stop
         return out
 
     # -- buffers ---------------------------------------------------------------------------------------------------------
@@ -303,14 +348,17 @@ class Evaluator:
     def _buffer(self) -> Array:
         """A work array for this piece from the arena."""
         count = self._stop - self._start
-        if count > PIECE:
+        if count > PIECE or self._small:
             return np.empty(count, self._work)
+        return self._bytes(count * np.dtype(self._work).itemsize).view(self._work)
+
+    def _bytes(self, size: int) -> Array:
+        if size > PIECE * 8:
+            return np.empty(size, np.uint8)
         if self._used == len(self._arena):
             self._arena.append(np.empty(PIECE * 8, np.uint8))
         self._used += 1
-        size = np.dtype(self._work).itemsize
-        made: Array = self._arena[self._used - 1][: count * size].view(self._work)
-        return made
+        return self._arena[self._used - 1][:size]
 
 
 class _Fetch:
@@ -326,6 +374,27 @@ class _Fetch:
     def raw(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
         e = self._evaluator
         return e.elsewhere(start, arg.numel if stop is None else stop, e.raw, arg)
+
+
+def _combination(expr: Applied | Weighted) -> tuple[Sequence[Any], Sequence[Expr]]:
+    """Coefficients (numbers, or one per row) and arguments of a sum, without terms of no weight."""
+    if isinstance(expr, Weighted):
+        return expr.coefs, expr.args
+    measured = {} if expr.measure is None else {"measured": expr.measure.statistic.result(expr.part)}
+    coefs = expr.op.function(len(expr.args), **expr.params, **expr.extra, **measured)
+    kept = [(c if isinstance(c, np.ndarray) and c.ndim else float(c), a) for c, a in zip(coefs, expr.args, strict=True)]
+    kept = [(c, a) for c, a in kept if not (isinstance(c, float) and c == 0.0)]
+    return [c for c, _ in kept], [a for _, a in kept]
+
+
+def _ordered(coefs: Sequence[Any], args: Sequence[Expr]) -> tuple[bool, Sequence[Any], Sequence[Expr]]:
+    """In which order a sum is added up, and whether relative to its first term: see `Evaluator._sum`."""
+    narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
+    if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):
+        return True, coefs, args
+    if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
+        return False, [*coefs[1:], coefs[0]], [*args[1:], args[0]]
+    return False, coefs, args
 
 
 _COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {

@@ -127,7 +127,8 @@ class WritePhase(Phase):
             if evaluator.seen:
                 self._inputs[i] = list(evaluator.seen)
             scratch = evaluator.scratch if out.size <= evaluator.scratch.size else np.empty(out.size, np.uint8)
-            if not self._lenient and not convert.is_finite(out, program.dtype, scratch):
+            sound = evaluator.sound
+            if not self._lenient and not (convert.is_finite(out, program.dtype, scratch) if sound is None else sound):
                 raise culprit(program.expr, start, stop, evaluator) or _overflow(program)
             self._digests[i] = list(piece_digests(out, start, stop, program.shape, program.dtype.size))
             if self._profile is None:

@@ -21,6 +21,7 @@ from surgery.engine.settings import Settings
 from surgery.errors import Refused, did_you_mean
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Literal, Mapped, Measure, Read, walk
 from surgery.graph.node import Node, SourceNode, ancestry, sources_of
+from surgery.graph.scaled import dequantised
 from surgery.ops.eager import row_length
 from surgery.version import __version__
 
@@ -134,6 +135,8 @@ def make_plan(node: Node, settings: Settings | None = None) -> Plan:
     if not tensors:
         raise node.refuse("no tensor is left: nothing would be written")
     dtype = None if settings.dtype is None else _dtype(settings)
+    if dtype is not None and not dtype.is_scaled_code and (weights := dequantised(node)) is not node:
+        node, tensors = weights, weights.tensors
     chosen = _chosen(node, settings)
     programs = [program_of(name, _integers(name, e, chosen), dtype, settings) for name, e in tensors.items()]
     prepasses = model_wide(programs)
@@ -152,6 +155,7 @@ def make_plan(node: Node, settings: Settings | None = None) -> Plan:
         claims=claims,
     )
     check.check(plan)
+    plan.warnings += dict.fromkeys(note for n in ancestry(node) for note in n.notes)
     return plan
 
 

@@ -10,6 +10,8 @@ from surgery.graph.expr import Applied, Literal, Mapped, Measure, Read, walk
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
+KERNELS = 70 * 10**6  # what the compiled kernels add
+KERNELS_PAY = 400 * 10**6  # bytes read and written from which on they are worth loading
 PER_PROGRAM = 3000  # plan and journal, per output tensor
 
 
@@ -23,7 +25,7 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
         buffers = max(buffers, len(exprs) + 1)
         if program.whole:
             whole = max(whole, sum(e.numel * (8 if program.wide else 4) * 2 for e in exprs))
-        torch = torch or any(isinstance(e, Literal | Mapped) or (isinstance(e, Applied) and not e.op.linear) for e in exprs)
+        torch = torch or any(isinstance(e, Literal | Mapped) or (isinstance(e, Applied) and _wants_torch(e)) for e in exprs)
     early = [m for group in prepasses for m in group]
     passes = {f"{op} over the model": n for op, n in passes_of(early).items()}
     for op, n in passes_of(m for p in programs for m in p.measures).items():
@@ -31,8 +33,13 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
     return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch)
 
 
+def _wants_torch(e: Applied) -> bool:
+    return not e.op.linear and e.op.arrays is None
+
+
 def peak_memory(cost: Price, programs: int, threads: int) -> int:
     """Expected peak resident memory of a run, in bytes."""
     worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1)
     fixed = INTERPRETER + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
+    fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
     return fixed + threads * (worker + cost.whole_tensor)

@@ -26,12 +26,13 @@ from surgery.engine.journal import Journal
 from surgery.engine.output import JOURNAL, Output
 from surgery.engine.pieces import pieces
 from surgery.engine.plan import Plan, Program
-from surgery.engine.price import peak_memory
+from surgery.engine.price import KERNELS_PAY, peak_memory
 from surgery.engine.profile import Profile
 from surgery.engine.reader import Reader
 from surgery.engine.render import amount
 from surgery.errors import Refused, SurgeryError
 from surgery.graph.expr import Agree
+from surgery.ops import fast
 from surgery.version import __version__
 
 Progress = Callable[[int], None]
@@ -70,6 +71,8 @@ def run(
     """
     began = time.perf_counter()
     workers, room = _workers(plan, memory, threads)
+    if plan.price.read + plan.price.written >= KERNELS_PAY:
+        fast.load()
     final = Path(out)
     inputs = [_place(u.source) for u in plan.uses]
     target = Output(final, inputs, resume=resume, overwrite=overwrite)
@@ -220,7 +223,12 @@ def _finish(plan: Plan, directory: Path, digests: dict[str, str]) -> None:
     donor = plan.donor
     if donor is not None:
         tokenizer = next((u.source for u in plan.uses if u.source.label == plan.settings.tokenizer), donor)
+        vocabulary = plan.settings.vocabulary
+        if vocabulary is not None and vocabulary.source is not None:
+            tokenizer = vocabulary.source
         copy_sidecars(donor, tokenizer, directory)
+        if vocabulary is not None:
+            vocabulary.write(directory, donor)
     if plan.config is not None:
         write_json(directory / "config.json", plan.config)
     index = plan.layout.index()

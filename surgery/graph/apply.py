@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import F32, F64, DType, promote
 from surgery.errors import did_you_mean
 from surgery.graph import values
-from surgery.graph.expr import Agree, Applied, Expr, Measure, Padded, weighted
+from surgery.graph.expr import Agree, Applied, Derived, Expr, Fetch, Measure, Padded, weighted
 from surgery.graph.node import Node, sources_of
+from surgery.graph.scaled import dequantised
 from surgery.ops.declare import REQUIRED, Op
+from surgery.ops.lazy import torch
 
+_COPYING = ("pass", "stitch")  # hand stored bytes on: codes of a quantised model stay what they are
 MISSING = {
     "error": "refuse the plan",
     "keep": "take the tensor from the first input that has it, unchanged",
@@ -26,6 +32,10 @@ class OpNode(Node):
 
     params as in recipes (scalars, gradients, glob maps, per-input lists). missing: what happens to a tensor that not every
     input has; one of MISSING. A delta's tensors that were deselected on purpose count as zero.
+
+    An operator that takes statistics gets them as the second half of its inputs: looked up under the names of the models'
+    tensors, they decide neither which tensors there are nor of what type. A tensor that some statistics lack is combined as
+    the operator says for that case (`Op.without`).
     """
 
     def __init__(
@@ -39,7 +49,11 @@ class OpNode(Node):
         where: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(label, where)
-        self.op, self.inputs, self.missing = op, tuple(inputs), missing
+        self.op, self.missing = op, missing
+        self.inputs = tuple(inputs) if op.name in _COPYING else tuple(map(dequantised, inputs))
+        models = op.takes.models(len(self.inputs))
+        self.models, self.statistics = self.inputs[:models], self.inputs[models:]
+        self.plain: list[str] = []  # tensors combined without statistics, though the operator takes them
         self.verb = op.name.upper()
         self.given = dict(params)
         self._check_inputs()
@@ -53,13 +67,17 @@ class OpNode(Node):
         if not takes.at_least <= count <= takes.at_most:
             wanted = f"{takes.at_least} or more" if takes.at_most > takes.at_least else f"{takes.at_least}"
             raise self.refuse(f"{self.op.name} takes {wanted} inputs ({takes.text}), got {count}", key="of")
-        for i, node in enumerate(self.inputs):
+        self._check_statistics()
+        for i, node in enumerate(self.models):
             space = takes.space_of(i)
             wanted = self.inputs[0].space if space == "same" else space
             if node.space == wanted:
                 continue
             name = node.label or f"input {i + 1}"
-            if wanted == "delta":
+            if node.space == "statistics":
+                message = f"{self.op.name} takes {'deltas' if wanted == 'delta' else wanted}; `{name}` is statistics"
+                hint = "statistics go into `regmean` and `fisher`, after the models"
+            elif wanted == "delta":
                 message = f"{self.op.name} takes deltas; `{name}` is weights"
                 hint = f"subtract its base first: {{op: diff, of: [{name}, base]}}"
             else:
@@ -68,6 +86,34 @@ class OpNode(Node):
             raise self.refuse(message, hint=hint, key="of")
         if self.missing not in MISSING:
             raise self.refuse(f"missing: must be one of {', '.join(MISSING)}, got {self.missing!r}", key="missing")
+
+    def _check_statistics(self) -> None:
+        """Half of the inputs are statistics of the right kind, if the operator takes any."""
+        kind = self.op.takes.statistics
+        if not kind:
+            return
+        given = [n.space == "statistics" for n in self.inputs]
+        if given != [False] * len(self.models) + [True] * (len(self.inputs) - len(self.models)) or len(given) % 2:
+            raise self.refuse(
+                f"{self.op.name} takes models, then one {kind} statistics checkpoint for each in the same order; "
+                f"got {given.count(False)} models and {given.count(True)} statistics",
+                hint=f"collect them: surgery statistics MODEL --kind {kind} --data FILE -o DIR",
+                key="of",
+            )
+        for i, node in enumerate(self.statistics, len(self.models)):
+            for source in sources_of(node):
+                found = getattr(source, "kind", None)
+                if found != kind:
+                    raise self.refuse(f"{self.op.name} takes {kind} statistics; {self._name(i)} holds {found}", key="of")
+
+    def _check_provenance(self) -> None:
+        """Statistics speak of the weights that they were collected from, and of no others."""
+        for model, node in zip(self.models, self.statistics, strict=True):
+            made_from = [s.source for s in sources_of(model)]
+            for source in sources_of(node):
+                problem = source.mismatch(made_from) if hasattr(source, "mismatch") else None
+                if problem:
+                    raise self.refuse(problem, hint=f"collect them again from {model.label or 'that model'}", key="of")
 
     def _check_params(self) -> dict[str, Any]:
         known = [p.name for p in self.op.params]
@@ -112,8 +158,10 @@ class OpNode(Node):
     # -- from checkpoints to tensors -------------------------------------------------------------------------------------
 
     def _build(self) -> dict[str, Expr]:
+        if self.statistics:
+            self._check_provenance()
         names: dict[str, None] = {}
-        for node in self.inputs:
+        for node in self.models:
             names.update(dict.fromkeys(node.tensors))
         made: dict[str, Expr] = {}
         absent: list[tuple[str, list[int]]] = []
@@ -138,13 +186,15 @@ class OpNode(Node):
             made[name] = expr
         if absent:
             raise self._missing(absent)
+        if self.statistics and len(self.plain) == len(made):
+            raise self._unknown(made)
         self._check_globs(made)
         return made
 
     def _arguments(self, name: str) -> list[Any]:
         """Per input: its expression, _ZERO for a delta that was told to leave this tensor alone, or _ABSENT."""
         found: list[Any] = []
-        for node in self.inputs:
+        for node in self.models:
             expr = node.tensors.get(name)
             if expr is None:
                 expr = node.stand_in(name)
@@ -166,16 +216,32 @@ class OpNode(Node):
         padded = [a if a is _ZERO or a.shape == shape else Padded(a, shape, self) for a in args]
         dtype = self._dtype(present)
         params = self._resolve(name)
-        problem = self.op.check(len(args), **params)
+        problem = self.op.check(len(self.inputs), **params)
         if problem:
             raise self.refuse(f"{self.op.name}: {problem}" + ("" if self._constant else f" (at `{name}`)"))
         extra = {"depth": self._depth(name)} if "depth" in self.op.needs else {}
+        known = [node.tensors.get(name) for node in self.statistics]
+        if None in known:
+            self.plain.append(name)
+            coefs = [float(c) for c in self.op.without(len(args), **params)]
+            kept = [(c, a) for c, a in zip(coefs, padded, strict=True) if a is not _ZERO]
+            return weighted([c for c, _ in kept], [a for _, a in kept], shape, dtype, self)
         if self.op.linear and not self._measured(params):
             coefs = [float(c) for c in self.op.function(len(args), **params, **extra)]
             kept = [(c, a) for c, a in zip(coefs, padded, strict=True) if a is not _ZERO]
             return weighted([c for c, _ in kept], [a for _, a in kept], shape, dtype, self)
         filled = [weighted([], [], shape, F32, self) if a is _ZERO else a for a in padded]
-        return Applied(self.op, filled, params, shape, dtype, self, extra=extra, key=f"{self.key}/{name}")
+        key = f"{self.key}/{name}"
+        if not known:
+            return Applied(self.op, filled, params, shape, dtype, self, extra=extra, key=key)
+        for i, statistic in enumerate(known, len(args)):
+            problem = self.op.fits(shape, statistic.shape) if statistic is not None else None
+            if problem:
+                raise self.refuse(f"{self._name(i)}: `{name}`: {problem}", key="of")
+        given = [s for s in known if s is not None]
+        if self.op.locality != "matrix":
+            return Applied(self.op, [*filled, *given], params, shape, dtype, self, extra=extra, key=key)
+        return Informed(Applied(self.op, filled, params, shape, dtype, self, extra=extra, key=key), given)
 
     def _same_shape(self, name: str, args: list[Expr], *, exact: bool) -> tuple[int, ...]:
         present = [(i, a.shape) for i, a in enumerate(args) if a is not _ZERO]
@@ -191,7 +257,7 @@ class OpNode(Node):
             )
             hint = "all inputs must be the same architecture and size"
             if len(other) == len(shape) > 0 and other[1:] == shape[1:]:
-                hint = "different vocabularies? merging them needs aligned tokenizers, which is not supported here yet"
+                hint = "different vocabularies? align them: output: {tokenizer: union}, or the model whose tokenizer to take"
                 hint += "; `diff` takes pad: true" if self.op.name == "diff" else ""
             raise self.refuse(message, hint=hint)
         return shape
@@ -200,7 +266,7 @@ class OpNode(Node):
         """Weights come out in the widest type among weights (a delta lends no type); deltas in float32 or wider."""
         if self.space == "delta":
             return F64 if any(a.dtype is F64 for a in present) else F32
-        if self.op.takes.space_of(len(self.inputs) - 1) == "delta":
+        if self.op.takes.space_of(len(self.models) - 1) == "delta":
             return present[0].dtype
         made = present[0].dtype
         for a in present[1:]:
@@ -294,6 +360,11 @@ class OpNode(Node):
             hint = f"the models name their tensors differently; {near or 'rename one of them'}"
         return self.refuse(message, hint=hint)
 
+    def _unknown(self, made: Mapping[str, Expr]) -> Exception:
+        node = next((n for n in self.statistics if not any(name in n.tensors for name in made)), self.statistics[0])
+        hint = did_you_mean(next(iter(node.tensors), ""), made)
+        return self.refuse(f"no tensor of the models has statistics in {node.label or 'every input'}", hint=hint, key="of")
+
     @cached_property
     def key(self) -> str:
         """What random numbers of this node are keyed on beside seed and tensor: the names of its sources."""
@@ -303,12 +374,40 @@ class OpNode(Node):
     def text(self) -> str:
         names = " , ".join(n.label or n.verb.lower() for n in self.inputs).replace(" ,", ",")
         changed = [f"{k}={values.show(v)}" for k, v in self.given.items()]
+        if self.plain:
+            changed.append(f"(mean for {len(self.plain)} tensors without statistics)")
         return " ".join([names, *changed])
 
     @property
     def identity(self) -> str:
         random = self.key if any(p.name == "seed" for p in self.op.params) else ""
         return f"{sorted(self.params.items(), key=str)!r}\0{self.missing}\0{random}"
+
+
+class Informed(Derived):
+    """`applied`, an operator of whole matrices, given tensors of statistics beside its arguments, in shapes of their own."""
+
+    __slots__ = ()
+    whole = True
+
+    def __init__(self, applied: Applied, statistics: Sequence[Expr]) -> None:
+        super().__init__([applied, *statistics], applied.shape, applied.dtype, applied.origin)
+
+    @property
+    def identity(self) -> str:
+        applied = self.args[0]
+        assert isinstance(applied, Applied)
+        return f"{applied.op.name}\0{sorted(applied.params.items())!r}\0{sorted(applied.extra.items())!r}"
+
+    def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> NDArray[Any]:
+        applied, *statistics = self.args
+        assert isinstance(applied, Applied)
+        tensors = [torch.from_numpy(fetch(s)).reshape(s.shape) for s in statistics]
+        op = replace(applied.op.with_statistics(tensors), arrays=None)
+        made = Applied(
+            op, applied.args, applied.params, self.shape, self.dtype, self.origin, extra=applied.extra, key=applied.key
+        )
+        return fetch(made, start, stop)
 
 
 class _Marker:

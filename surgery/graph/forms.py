@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import Refused, did_you_mean
@@ -88,6 +89,13 @@ def form(
         return forms[name]
 
     return declare
+
+
+def near(path: str, where: Mapping[str, str]) -> Path:
+    """A path that a recipe names: beside the recipe if it is there, else as it stands."""
+    recipe = Path(where.get("", "").rsplit(":", 2)[0])
+    beside = recipe.parent / path
+    return beside if recipe.name and beside.exists() else Path(path)
 
 
 def _problem(schema: Mapping[str, Any], value: Any) -> str | None:

@@ -25,6 +25,7 @@ class Node:
     inputs: Sequence[Node] = ()
     space = "weights"
     verb = "NODE"
+    notes: Sequence[str] = ()  # what the plan tells the user about this node
 
     def __init__(self, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
         self.label, self.where = label, where or {}

@@ -14,11 +14,13 @@ from surgery.checkpoint.layout import parse_size
 from surgery.engine.settings import DEFAULT_SHARD, Settings
 from surgery.errors import Refused, did_you_mean
 from surgery.graph.forms import forms
-from surgery.graph.node import Node, SourceNode
+from surgery.graph.node import Node
 from surgery.graph.stitch import make
 from surgery.inputs import open_node
 from surgery.ops import registry
 from surgery.recipe.document import Document
+from surgery.recipe.mergekit.read import read_dialect
+from surgery.vocabulary import Policy, align
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,19 @@ class Recipe:
 
 def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe file into a graph; sources' headers are opened. Raises Refused with file:line:col."""
+    dialect = read_dialect(path, overrides)
+    if dialect is not None:
+        return Recipe(dialect.node, dialect.settings)
     document = Document(Path(path))
-    if isinstance(document.data, dict) and "merge_method" in document.data:
-        raise Refused(
-            f"{document.place('merge_method')}: this is a mergekit recipe; its dialect is not read yet",
-            hint="write it as steps; `surgery schema` and docs/recipes.md show how",
-        )
     if document.data is not None:
         document.override(overrides)
     _check_shape(document)
     known: dict[str, Node] = {}
     for name in document.data["models"]:
-        known[name] = _model(document, name)
+        _model(document, name, known, [])
+    policy = _policy(document, known)
+    aligned = align(known, policy)
+    known |= aligned.nodes
     said = document.data.get("steps") or {}
     for name in said:
         if name in known:
@@ -50,18 +53,46 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> R
         known[name] = _step(document, name, known, list(said))
     output = document.data["output"]
     node = _named(document, ("output", "from"), output["from"], known, [])
-    _check_used(document, node, known)
+    _check_used(document, node, known, policy)
     where = {key: document.place("output", key) for key in output}
     settings = Settings(
         dtype=output.get("dtype"),
         shard_size=_size(document, output),
-        tokenizer=output.get("tokenizer"),
         integers=output.get("integers"),
         precision=output.get("precision", "float32"),
         recipe=_with_overrides(document.text, overrides),
         where=where,
+        **aligned.settings,
     )
     return Recipe(node, settings)
+
+
+def _policy(document: Document, models: Mapping[str, Node]) -> Policy:
+    """What `output` says about tokens: `tokenizer`, `pad_to_multiple_of` and `chat_template`."""
+    output = document.data["output"]
+    keys = {"": ("output",), "source": ("output", "tokenizer"), "tokens": ("output", "tokenizer", "tokens")}
+    keys |= {key: ("output", key) for key in ("chat_template", "pad_to_multiple_of")}
+    return Policy.read(
+        output.get("tokenizer"),
+        models,
+        base=_leading(document, models),
+        chat_template=output.get("chat_template"),
+        pad_to_multiple_of=output.get("pad_to_multiple_of"),
+        folder=document.path.parent,
+        where={key: document.place(*path) for key, path in keys.items()},
+    )
+
+
+def _leading(document: Document, models: Mapping[str, Node]) -> str | None:
+    """The model whose config goes along: the first input of the output's first input, and so on."""
+    name = str(document.data["output"]["from"])
+    said = document.data.get("steps") or {}
+    for _ in range(len(said) + 1):
+        if name in models:
+            return name if models[name].space == "weights" else None
+        of = (said.get(name) or {}).get("of")
+        name = str(of[0] if isinstance(of, list) and of else of)
+    return None
 
 
 def _with_overrides(text: str, overrides: Mapping[str, Any]) -> str:
@@ -76,14 +107,31 @@ def _size(document: Document, output: Mapping[str, Any]) -> int:
         raise Refused(f"{document.place('output', 'shard_size')}: {problem.message}", hint=problem.hint) from None
 
 
-def _model(document: Document, name: str) -> Node:
+def _model(document: Document, name: str, known: dict[str, Node], above: list[str]) -> Node:
+    """Open the model `name`, and first the one that it is a delta package of. above: packages that wait for it."""
+    if name in known:
+        return known[name]
     said = document.data["models"][name]
     source = said if isinstance(said, str) else said["source"]
     if isinstance(said, dict) and "revision" in said:
         source = f"{source}@{said['revision']}"
+    base = None
+    if isinstance(said, dict) and "base" in said:
+        if said["base"] in (name, *above):
+            raise Refused(f"{document.place('models', name, 'base')}: `{said['base']}` would be its own base")
+        if said["base"] in document.data["models"]:
+            base = _model(document, said["base"], known, [*above, name])
+        else:
+            base = open_node(_beside(document, said["base"]), where={"": document.place("models", name, "base")})
+    where = {"": document.place("models", name)}
+    known[name] = open_node(_beside(document, source), base=base, label=name, where=where)
+    return known[name]
+
+
+def _beside(document: Document, source: str) -> str:
+    """Paths are relative to the recipe."""
     beside = document.path.parent / source
-    location = str(beside) if not os.path.isabs(source) and beside.exists() else source
-    return open_node(location, label=name, where={"": document.place("models", name)})
+    return str(beside) if not os.path.isabs(source) and beside.exists() else source
 
 
 def _step(document: Document, name: str, known: Mapping[str, Node], order: list[str]) -> Node:
@@ -120,17 +168,18 @@ def _named(document: Document, path: tuple[Any, ...], name: str, known: Mapping[
     raise Refused(f"{document.place(*path)}: there is no model or step `{name}`", hint=did_you_mean(name, known))
 
 
-def _check_used(document: Document, node: Node, known: Mapping[str, Node]) -> None:
-    """A step or model that does not reach the output is a mistake."""
-    used: set[int] = set()
+def _check_used(document: Document, node: Node, known: Mapping[str, Node], policy: Policy) -> None:
+    """A step or model that does not reach the output is a mistake, unless it gives tokens or a chat template."""
+    named = {policy.source, policy.chat_template, *(rule.model for rule in policy.tokens.values())}
+    used: set[int] = {id(known[name]) for name in named if name is not None and name in document.data["models"]}
     stack = [node]
     while stack:
         here = stack.pop()
         used.add(id(here))
         stack.extend(here.inputs)
-    for name, other in sorted(known.items(), key=lambda item: isinstance(item[1], SourceNode)):
+    for name, other in sorted(known.items(), key=lambda item: item[0] in document.data["models"]):
         if id(other) not in used:
-            kind = "models" if isinstance(other, SourceNode) else "steps"
+            kind = "models" if name in document.data["models"] else "steps"
             raise Refused(
                 f"{document.place(kind, name)}: `{name}` is not used by the output",
                 hint="remove it, or use it in a step that leads to output.from",

@@ -12,6 +12,54 @@ from surgery.graph.forms import Form, forms
 from surgery.ops import registry
 from surgery.ops.declare import REQUIRED, Op, Param
 
+_TOKENIZER = {"type": "string", "description": "A model, whose tokenizer goes along; union, or base."}
+_ROW = {
+    "description": "Where the token's row comes from: a model, zero, {model, token} or {model, id}.",
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "required": ["model"],
+            "additionalProperties": False,
+            "properties": {
+                "model": {"type": "string"},
+                "token": {"type": "string", "description": "The row of this token instead."},
+                "id": {"type": "integer", "minimum": 0, "description": "The row at this id instead."},
+            },
+        },
+    ],
+}
+_RULE = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "source": _ROW,
+        "force": {"type": "boolean", "description": "Also in models that have the token; default: where it lacks."},
+    },
+}
+_PAD = {"type": "integer", "minimum": 1, "description": "Rows are added up to a multiple of this: the mean of all tokens."}
+_TOKENS = {
+    "tokenizer": {
+        "description": "The output's tokens; models whose tokens have other ids are aligned to them.",
+        "anyOf": [
+            _TOKENIZER,
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "source": _TOKENIZER,
+                    "tokens": {"type": "object", "additionalProperties": _RULE},
+                    "pad_to_multiple_of": _PAD,
+                },
+            },
+        ],
+    },
+    "pad_to_multiple_of": _PAD,
+    "chat_template": {
+        "type": "string",
+        "description": "auto (the commonest among the inputs), a model, a built-in format, literal Jinja, or a file.",
+    },
+}
 _NAMES = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 
 
@@ -27,7 +75,7 @@ def recipe_schema() -> dict[str, Any]:
             "models": {
                 "type": "object",
                 "minProperties": 1,
-                "description": "Checkpoints by name: a path, a hub id with @revision, or {source, revision}.",
+                "description": "Checkpoints by name: a path, a hub id with @revision, or {source, revision, base}.",
                 "additionalProperties": {
                     "anyOf": [
                         {"type": "string"},
@@ -35,7 +83,11 @@ def recipe_schema() -> dict[str, Any]:
                             "type": "object",
                             "required": ["source"],
                             "additionalProperties": False,
-                            "properties": {"source": {"type": "string"}, "revision": {"type": "string"}},
+                            "properties": {
+                                "source": {"type": "string"},
+                                "revision": {"type": "string"},
+                                "base": {"type": "string", "description": "A delta package's base: a model or path."},
+                            },
                         },
                     ]
                 },
@@ -53,7 +105,7 @@ def recipe_schema() -> dict[str, Any]:
                     "from": {"type": "string", "description": "The model or step to write."},
                     "dtype": {"enum": list(WRITABLE_FLOATS), "description": "Float type; default: each tensor's own."},
                     "shard_size": {"type": ["string", "integer"], "description": "Bytes per file, like 5GB."},
-                    "tokenizer": {"type": "string", "description": "The model whose tokenizer goes along."},
+                    **_TOKENS,
                     "integers": {"type": "string", "description": "The model whose integer tensors are taken."},
                     "precision": {"enum": ["float32", "float64"], "description": "Arithmetic; float32 by default."},
                 },
@@ -130,4 +182,7 @@ def shape_only(schema: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(schema)
     step = {"type": "object", "required": ["op", "of"], "properties": {"of": _NAMES, "op": {"type": "string"}}}
     made["$defs"] = {"step": step}
+    output = made["properties"]["output"]
+    properties = output["properties"] | {key: {} for key in _TOKENS}
+    made["properties"] = made["properties"] | {"output": output | {"properties": properties}}
     return made

@@ -69,25 +69,34 @@ def test_a3_row_01_tensors_that_no_template_knows_are_merged(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a3_row_02_fp8_codes_are_not_merged_as_values(tmp_path: Path, dtype: str | None) -> None:
-    """fp8 weights that need a scale_inv tensor are refused in arithmetic, and copied unharmed otherwise."""
+    """fp8 codes with scales are merged as the weights that they stand for, and copied unharmed otherwise."""
     path = pair(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
-    for model in "ab":
+    weights = {}
+    for model, scale in (("a", 2.0), ("b", 0.5)):
         tensors = read_checkpoint(tmp_path / model)
         tensors[name] = tensors[name].astype(np.float32).astype(FP8)
-        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
+        tensors[f"{name}_scale_inv"] = np.full((1, 1), scale, np.float32)
+        weights[model] = tensors[name].astype(np.float64) * scale
         write_file(tmp_path / model / "model.safetensors", tensors)
     output = "{from: out}" if dtype is None else f"{{from: out, dtype: {dtype}}}"
-    with pytest.raises(Refused, match="scale_inv") as found:
+    path = recipe(tmp_path, AVERAGE, models="ab", output=output)
+    run(path, tmp_path / "out")
+    made = read_checkpoint(tmp_path / "out")
+    assert f"{name}_scale_inv" not in made
+    assert np.allclose(made[name].astype(np.float64), (weights["a"] + weights["b"]) / 2, rtol=2**-8)
+    run(recipe(tmp_path, models="a", output="{from: a}"), tmp_path / "copy")
+    copy = read_checkpoint(tmp_path / "copy")
+    assert bits(copy[name]) == bits(read_checkpoint(tmp_path / "a")[name]) and f"{name}_scale_inv" in copy
+    if dtype is not None:
+        run(recipe(tmp_path, models="a", output=f"{{from: a, dtype: {dtype}}}"), tmp_path / "converted")
+        assert np.allclose(read_checkpoint(tmp_path / "converted")[name].astype(np.float64), weights["a"], rtol=2**-8)
+    tensors = read_checkpoint(tmp_path / "a")
+    tensors[f"{name}_scale_inv"] = np.ones((3, 5, 7), np.float32)
+    write_file(tmp_path / "a" / "model.safetensors", tensors)
+    with pytest.raises(Refused, match=r"scale.*not a scale per tensor") as found:
         plan(recipe(tmp_path, AVERAGE, models="ab", output=output))
     assert name in str(found.value)
-    run(recipe(tmp_path, models="a", output="{from: a}"), tmp_path / "copy")
-    assert bits(read_checkpoint(tmp_path / "copy")[name]) == bits(read_checkpoint(tmp_path / "a")[name])
-    if dtype is not None:
-        with pytest.raises(Refused, match="scale_inv"):
-            plan(recipe(tmp_path, models="a", output=f"{{from: a, dtype: {dtype}}}"))
-    assert not (tmp_path / "out").exists()
-    assert path.exists()
 
 
 def test_a3_row_03_overwriting_leaves_no_stale_files(tmp_path: Path) -> None:

@@ -82,8 +82,6 @@ CASES = {
     "bad_yaml": (BOTH.replace("[base, d, e]", "[base, d, e"), "8:", "not valid YAML", ""),
     "tab": ("models:\n\ta: a\n", "2:1", "not valid YAML", ""),
     "python_object": ("models: {a: !!python/object/apply:os.system [true]}\noutput: {from: a}\n", "1:10", "models.a: expected a path", ""),
-    "mergekit": ("merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 1}\ndtype: bfloat16\n", "1:1",
-                 "this is a mergekit recipe", "write it as steps"),
 }  # fmt: skip
 
 

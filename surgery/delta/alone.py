@@ -1,0 +1,72 @@
+"""A lossy package without its base, as a delta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.dtypes import F32
+from surgery.delta.container import Package
+from surgery.delta.manifest import Entry
+from surgery.delta.rebuild import decoded
+from surgery.delta.reference import Array
+from surgery.graph.expr import Derived, Expr, Fetch, Weighted
+from surgery.graph.node import Node
+
+
+class Decoded(Derived):
+    """The delta of one lossy tensor."""
+
+    __slots__ = ("entry", "package")
+
+    def __init__(self, package: Package, entry: Entry, origin: Any) -> None:
+        super().__init__([], entry.target.shape, F32, origin)
+        self.package, self.entry = package, entry
+
+    @property
+    def identity(self) -> str:
+        return f"{self.package.sha256}/{self.entry.target.name}"
+
+    def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> Array:
+        return decoded(self.package, self.entry, start, stop).astype(work, copy=False)
+
+class DeltaNode(Node):
+    """The float tensors of a lossy package as what is to be added to the base's.
+
+    Tensors as in the base are zero. Those that are carried exactly cannot be had without the base: they are left out, and
+    named.
+    """
+
+    space = "delta"
+    verb = "PACKAGE"
+
+    def __init__(self, package: Package, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
+        super().__init__(label or Path(package.path).name.removesuffix(".delta.safetensors"), where)
+        self.package = package
+
+    def _build(self) -> dict[str, Expr]:
+        made: dict[str, Expr] = {}
+        exact = []
+        for name, entry in self.package.manifest.entries.items():
+            if entry.lossy:
+                made[name] = Decoded(self.package, entry, self)
+            elif entry.same and entry.base is not None and entry.base.name == name and entry.target.dtype.is_float:
+                made[name] = Weighted([], [], entry.target.shape, F32, self)
+            else:
+                exact.append(name)
+        if exact:
+            raise self.refuse(
+                f"{self.package.path}: {len(exact)} tensors (`{exact[0]}`, …) are carried exactly and need the base",
+                hint="name it: {source: PACKAGE, base: BASE} in recipes, surgery.open(package, base=...) in Python",
+            )
+        return made
+
+    @property
+    def text(self) -> str:
+        return f"{self.label} (lossy delta)"
+
+    @property
+    def identity(self) -> str:
+        return self.package.sha256
+

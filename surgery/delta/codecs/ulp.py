@@ -1,0 +1,121 @@
+"""Numbers as integers in order of value, so that a small change is a small difference whatever the exponent.
+
+For floats the order-preserving map turns bits with the sign set upside down and sets the sign of all others; differences are
+taken modulo 2^bits, so every pattern (NaN payloads, -0.0, subnormals) comes back. Integers are their own order. A difference
+is stored zigzag: 0, -1, 1, -2, … as 0, 1, 2, 3, …
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.checkpoint.dtypes import DType
+
+Array = NDArray[Any]
+
+
+class Form(NamedTuple):
+    """The bits of a float type: mantissa and exponent width, exponent bias. No exponent: integers and everything else."""
+
+    mantissa: int
+    exponent: int
+    bias: int
+
+
+_FORMS = {
+    "F64": Form(52, 11, 1023),
+    "F32": Form(23, 8, 127),
+    "BF16": Form(7, 8, 127),
+    "F16": Form(10, 5, 15),
+    "F8_E4M3": Form(3, 4, 7),
+    "F8_E5M2": Form(2, 5, 15),
+    "F8_E4M3FNUZ": Form(3, 4, 8),
+    "F8_E5M2FNUZ": Form(2, 5, 16),
+}
+_COMPONENTS = {"C64": "F32"}  # complex numbers are pairs of floats
+
+
+def component(dtype: DType) -> tuple[str, int]:
+    """(type name, bytes) of the numbers that an element is made of: itself, but for complex ones."""
+    name = _COMPONENTS.get(dtype.name, dtype.name)
+    return name, dtype.size // (2 if dtype.name in _COMPONENTS else 1)
+
+
+def form_of(dtype: DType) -> Form | None:
+    return _FORMS.get(component(dtype)[0])
+
+
+def words(raw: Array, dtype: DType) -> Array:
+    """Bytes as unsigned integers, one per component."""
+    return raw.view(f"<u{component(dtype)[1]}")
+
+
+def differences(target: Array, base: Array, dtype: DType) -> Array:
+    """Zigzag differences of two arrays of `words`, in order of value."""
+    if form_of(dtype) is not None:
+        target, base = _ordered(target), _ordered(base)
+    bits = 8 * target.itemsize
+    moved = np.subtract(target, base).view(f"<i{target.itemsize}")
+    sign = np.right_shift(moved, bits - 1)
+    np.left_shift(moved, 1, out=moved)
+    np.bitwise_xor(moved, sign, out=moved)
+    return moved.view(target.dtype)
+
+
+def restored(zigzag: Array, base: Array, dtype: DType) -> Array:
+    """What `differences` was made of: the target's words. `zigzag` is used up."""
+    one = zigzag.dtype.type(1)
+    sign = np.bitwise_and(zigzag, one)
+    np.negative(sign, out=sign)
+    np.right_shift(zigzag, one, out=zigzag)
+    np.bitwise_xor(zigzag, sign, out=zigzag)
+    if form_of(dtype) is None:
+        return np.add(zigzag, base, out=zigzag)
+    return _unordered(np.add(zigzag, _ordered(base), out=zigzag))
+
+
+def _ordered(words: Array) -> Array:
+    bits = 8 * words.itemsize
+    made = np.right_shift(words.view(f"<i{words.itemsize}"), bits - 1).view(words.dtype)
+    np.bitwise_or(made, words.dtype.type(1 << (bits - 1)), out=made)
+    return np.bitwise_xor(made, words, out=made)
+
+
+def _unordered(words: Array) -> Array:
+    bits = 8 * words.itemsize
+    made = np.right_shift(words.view(f"<i{words.itemsize}"), bits - 1).view(words.dtype)
+    np.invert(made, out=made)
+    np.bitwise_or(made, words.dtype.type(1 << (bits - 1)), out=made)
+    return np.bitwise_xor(made, words, out=made)
+
+
+def exponents(words: Array, dtype: DType) -> Array:
+    """The exponent field of every number, as int16."""
+    form = form_of(dtype)
+    assert form is not None
+    made = np.right_shift(words, words.dtype.type(form.mantissa))
+    np.bitwise_and(made, made.dtype.type((1 << form.exponent) - 1), out=made)
+    return made.astype(np.int16)
+
+
+def values(words: Array, dtype: DType) -> Array:
+    """The numbers as float32 (approximate for float64): only for an encoder's choices."""
+    import ml_dtypes
+
+    name = component(dtype)[0]
+    if name == "BF16":
+        return np.left_shift(words, 16, dtype=np.uint32).view(np.float32)
+    kinds = {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    }
+    with np.errstate(over="ignore", invalid="ignore"):
+        return words.view(kinds[name]).astype(np.float32)

@@ -1,0 +1,17 @@
+"""Lossy codecs of deltas, one family per file. Importing this package registers them in `surgery.delta.codecs.base.LOSSY`."""
+
+from surgery.delta.lossy import (  # noqa: F401
+    dare,
+    delta_come,
+    dither,
+    group,
+    hybrid,
+    lowrank,
+    nf4,
+    quantile,
+    sign,
+    sparse,
+    sparse24,
+    svd_wf,
+    ternary,
+)

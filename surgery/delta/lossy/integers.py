@@ -1,0 +1,120 @@
+"""Coding integers of any size: small ones are symbols of their own, large ones a symbol for their length and raw bits.
+
+Zigzag z = 0, 1, 2, 3 for v = 0, -1, 1, -2. z < 16 is symbol z. Else, with n = floor(log2 z), the symbol 16 + 4 (n - 4) + (the
+two bits after the leading one), and the n - 2 bits below raw. Raw bits follow the entropy-coded stream of a chunk, grouped by
+their number, each group padded to a byte.
+
+Chunk: u32 length of the entropy-coded stream | stream | raw bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from surgery.delta.lossy import rans
+from surgery.delta.lossy.common import Array
+from surgery.delta.lossy.memo import recent
+
+_DIRECT = 16
+LARGEST = (1 << 30) - 1  # magnitude
+
+Block = Callable[[], tuple[Array, Array]]  # -> integers (int64), contexts (uint8)
+
+
+class Packed(NamedTuple):
+    """tables and codes are payloads, lengths the bytes of each chunk in codes."""
+
+    tables: bytes
+    codes: bytes
+    lengths: list[int]
+
+
+def tokens(values: Array) -> tuple[Array, Array]:
+    """(symbols, zigzag values)."""
+    z = values << 1
+    z ^= values >> 63
+    large = np.flatnonzero(z >= _DIRECT)
+    made = z.astype(np.uint8)
+    if large.size:
+        v = z[large]
+        n = np.frexp(v.astype(np.float64))[1].astype(np.int64) - 1
+        made[large] = _DIRECT + 4 * (n - 4) + ((v >> (n - 2)) & 3)
+    return made, z
+
+
+def counted(blocks: Sequence[Block], contexts: int) -> Array:
+    """Counts (contexts, 256) of the symbols in all blocks."""
+    total = np.zeros((contexts, 256), np.int64)
+    for block in blocks:
+        values, context = block()
+        total += rans.count(tokens(values)[0], context, contexts)
+    return total
+
+
+def cost(counts: Array, size: int) -> float:
+    """Bits that a tensor of `size` elements takes (to a few percent), if what was counted is a sample of it."""
+    tables = rans.Tables.fit(counts)
+    width = np.concatenate([np.zeros(_DIRECT), np.repeat(np.arange(2, 62), 4)])[:256]
+    body = tables.bits(counts) + float((counts.sum(axis=0) * width).sum())
+    return 1.02 * body * (size / max(1, int(counts.sum()))) + 7.0 * np.count_nonzero(counts) + 250.0
+
+
+def pack(blocks: Sequence[Block], contexts: int) -> Packed:
+    """Every block is asked for twice: once to count, once to code."""
+    tables = rans.Tables.fit(counted(blocks, contexts))
+    made = [_pack_chunk(*block(), tables) for block in blocks]
+    return Packed(tables.to_bytes(), b"".join(made), [len(m) for m in made])
+
+
+def unpack(packed: Any, ordinal: int, contexts: Array) -> Array:
+    """The integers (int64) of one chunk, given their contexts. packed: a `Packed`, or its three values. Raises ValueError."""
+    tables, codes, lengths = packed
+    if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(codes):
+        raise ValueError("chunk lengths do not fit the codes")
+    at = sum(lengths[:ordinal])
+    chunk, known = memoryview(codes)[at : at + lengths[ordinal]], rans.Tables.from_bytes(tables)
+    also = (xxhash.xxh3_128_digest(tables), xxhash.xxh3_128_digest(np.ascontiguousarray(contexts).data))
+    return recent("chunk", chunk, also, lambda: _unpack_chunk(chunk, contexts, known)).astype(np.int64)
+
+
+def _pack_chunk(values: Array, contexts: Array, tables: rans.Tables) -> bytes:
+    symbols, z = tokens(values)
+    stream = rans.encode(symbols, contexts, tables)
+    raw = []
+    large = np.flatnonzero(symbols >= _DIRECT)
+    widths = (symbols[large].astype(np.int64) - _DIRECT) // 4 + 2
+    for width in np.unique(widths):
+        v = z[large[widths == width]]
+        raw.append(np.packbits((v[:, None] >> np.arange(width)) & 1, bitorder="little").tobytes())
+    return struct.pack("<I", len(stream)) + stream + b"".join(raw)
+
+
+def _unpack_chunk(chunk: memoryview, contexts: Array, tables: rans.Tables) -> Array:
+    (length,) = struct.unpack_from("<I", chunk)
+    if length > len(chunk) - 4:
+        raise ValueError("an entropy-coded stream is longer than its chunk")
+    symbols = rans.decode(bytes(chunk[4 : 4 + length]), contexts, tables)
+    z, raw = symbols.astype(np.int64), np.frombuffer(chunk[4 + length :], np.uint8)
+    large = np.flatnonzero(symbols >= _DIRECT)
+    high = symbols[large].astype(np.int64) - _DIRECT
+    widths = high // 4 + 2
+    if widths.max(initial=0) > 29:
+        raise ValueError("an integer is too large")
+    at = 0
+    for width in np.unique(widths):
+        chosen = np.flatnonzero(widths == width)
+        size = -(-len(chosen) * int(width) // 8)
+        bits = np.unpackbits(raw[at : at + size], count=len(chosen) * int(width), bitorder="little")
+        if raw.size < at + size:
+            raise ValueError("raw bits are missing")
+        at += size
+        low = (bits.reshape(-1, int(width)).astype(np.int64) << np.arange(width)).sum(axis=1)
+        z[large[chosen]] = ((4 + high[chosen] % 4) << width) | low
+    if at != raw.size:
+        raise ValueError("raw bits are left over")
+    return ((z >> 1) ^ -(z & 1)).astype(np.int32)

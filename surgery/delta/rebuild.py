@@ -1,0 +1,268 @@
+"""A package on its base, as a checkpoint: every tensor an expression that reads what it needs, checks it and decodes it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.checkpoint.source import FileState, Source
+from surgery.checkpoint.stored import Stored
+from surgery.delta import fingerprint, lossy  # noqa: F401  registers the codecs
+from surgery.delta.codecs.base import LOSSY, Coded
+from surgery.delta.codecs.exact import EXACT
+from surgery.delta.container import Package
+from surgery.delta.manifest import Entry, bad
+from surgery.delta.reference import Array, check_leaf, leaf_range, reference
+from surgery.engine import convert
+from surgery.errors import Refused
+from surgery.graph.expr import Derived, Expr, Fetch, Read
+from surgery.graph.node import Node, SourceNode
+
+_SPARE = 1 << 16
+_last = threading.local()  # the chunk that each thread made last: engine pieces are smaller than chunks
+
+
+class Rebuilt(Derived):
+    """One tensor of the target. Every chunk of the base that is read and every chunk that is made is compared with its hash."""
+
+    __slots__ = ("base_name", "entry", "package")
+    exact = True
+
+    def __init__(self, package: Package, entry: Entry, base: Expr | None, base_name: str, origin: Any) -> None:
+        super().__init__([] if base is None else [base], entry.target.shape, entry.target.dtype, origin)
+        self.package, self.entry, self.base_name = package, entry, base_name
+
+    @property
+    def identity(self) -> str:
+        return f"{self.package.sha256}/{self.entry.target.name}"
+
+    def bits(self, fetch: Fetch, start: int, stop: int) -> Array:
+        size, step = self.dtype.size, fingerprint.step_of(self.shape)
+        made = np.empty((stop - start) * size, np.uint8)
+        at = start
+        while at < stop:
+            first = at - at % step
+            end = min(stop, first + step, self.numel)
+            chunk = self.chunk(fetch, first)
+            made[(at - start) * size : (end - start) * size] = chunk[(at - first) * size : (end - first) * size]
+            at = end
+        return made
+
+    def chunk(self, fetch: Fetch, start: int) -> Array:
+        """The bytes of the chunk that begins at element `start`, checked."""
+        kept = getattr(_last, "chunk", None)
+        if kept is not None and kept[0] is self and kept[1] == start:
+            found: Array = kept[2]
+            return found
+        stop = min(start + fingerprint.step_of(self.shape), self.numel)
+        made = self._make(fetch, start, stop)
+        self._check(start, made)
+        _last.chunk = self, start, made
+        return made
+
+    def _make(self, fetch: Fetch, start: int, stop: int) -> Array:
+        entry, ref = self.entry, None
+        if entry.base is not None:
+            raw = fetch.raw(self.args[0], *leaf_range(entry.base, start))
+            if len(raw):
+                check_leaf(entry.base, start, raw, self.base_name)
+            ref = reference(entry.base, entry.target, raw, stop - start)
+        if entry.same:
+            assert ref is not None
+            return ref.copy()
+        assert entry.layer is not None
+        if entry.lossy:
+            return self._lossy(ref, start, stop)
+        return self._exact(ref, start, stop)
+
+    def _exact(self, ref: Array | None, start: int, stop: int) -> Array:
+        layer, target = self.entry.layer, self.entry.target
+        assert layer is not None
+        i = start // fingerprint.step_of(self.shape)
+        lengths = layer["lengths"]
+        length = lengths[i]
+        if length > 2 * (stop - start) * self.dtype.size + _SPARE:
+            raise bad(self.package.path, f"a chunk of `{target.name}` states an impossible size")
+        payload = self.package.read(f"tensor/{target.name}/data", sum(lengths[:i]), length) if length else b""
+        if fingerprint.digest(payload)[:16] != layer["checks"][16 * i : 16 * i + 16]:
+            raise bad(self.package.path, f"`{target.name}` is damaged")
+        try:
+            made = EXACT[layer["codec"]].decode(payload, ref, self.dtype, stop - start)
+        except Refused as problem:
+            raise bad(self.package.path, f"`{target.name}`: {problem.message}") from None
+        return made.copy() if made is ref else made
+
+    def _lossy(self, ref: Array | None, start: int, stop: int) -> Array:
+        layer, base = self.entry.layer, self.entry.base
+        assert layer is not None and base is not None and ref is not None
+        delta = decoded(self.package, self.entry, start, stop)
+        return added(ref, delta, self.dtype)
+
+    def _check(self, start: int, made: Array) -> None:
+        target = self.entry.target
+        found = fingerprint.digest(made)
+        if target.leaves:
+            right = found == target.leaves[start // fingerprint.step_of(self.shape)]
+        else:
+            right = fingerprint.tensor_hash(target.dtype, target.shape, [found]) == target.sha256
+        if not right:
+            raise Refused(
+                f"{self.package.path}: `{target.name}` comes out other than it was packed",
+                hint="the package is damaged, or this machine computes wrongly; nothing has been published",
+            )
+
+
+def decoded(package: Package, entry: Entry, start: int, stop: int) -> Array:
+    """Elements of a lossy tensor's delta (float32). Raises Refused for a codec that is not known, and for what it refuses."""
+    layer = entry.layer
+    assert layer is not None
+    codec = LOSSY.get(layer["codec"])
+    if codec is None:
+        raise Refused(f"{package.path}: coded with `{layer['codec']}`, which is not known here", hint="use a newer version")
+    coded = Coded(package.payload(entry.target.name, tuple(layer["parts"])), layer["facts"])
+    try:
+        return codec.decode(coded, entry.target.shape, layer["key"], start, stop)
+    except Refused as problem:
+        raise bad(package.path, problem.message) from None
+
+
+def added(base: Array, delta: Array, dtype: Any) -> Array:
+    """round_to_dtype(float32(base) + delta): what lossy tensors are, part of the format."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = convert.typed(base, dtype).astype(np.float32) + delta.astype(np.float32, copy=False)
+    made = np.empty(len(total) * dtype.size, np.uint8)
+    convert.encode(total, dtype, made)
+    return made
+
+
+class PackageNode(Node):
+    """A package on its base: weights."""
+
+    verb = "PACKAGE"
+
+    def __init__(self, package: Package, base: Node, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
+        super().__init__(label or Path(package.path).name.removesuffix(".delta.safetensors"), where)
+        self.package, self.inputs = package, (base,)
+        self.stored = stored_tensors(base)
+        if base.space != "weights":
+            raise self.refuse("the base of a package must be weights, not a delta")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Refuse, from headers alone, a base that cannot be the right one."""
+        said = self.package.manifest.data["base"]
+        found = fingerprint.shape_hash((n, e.dtype, e.shape) for n, e in self.stored.items())
+        if found == said["shapes"]:
+            return
+        hint = f"it was made from {base_text(said)}"
+        for t in self.package.manifest.base_tensors():
+            e = self.stored.get(t.name)
+            if e is None:
+                raise self.refuse(f"{self.base_label} is not the base of {self.package.path}: it has no `{t.name}`", hint=hint)
+            if (e.dtype, e.shape) != (t.dtype, t.shape):
+                raise self.refuse(
+                    f"{self.base_label} is not the base of {self.package.path}: `{t.name}` is {e.dtype} {list(e.shape)}, "
+                    f"expected {t.dtype} {list(t.shape)}",
+                    hint=hint,
+                )
+        raise self.refuse(
+            f"{self.base_label} is not the base of {self.package.path}: it has {len(self.stored)} tensors, "
+            f"expected {said['tensors']}",
+            hint=hint,
+        )
+
+    @property
+    def base_label(self) -> str:
+        return self.inputs[0].label or self.inputs[0].text or "the base"
+
+    def _build(self) -> dict[str, Expr]:
+        entries = self.package.manifest.entries
+        order = [name for _, _, _, tensors in self.package.headers for name in tensors]
+        made: dict[str, Expr] = {}
+        for name in order:
+            entry = entries[name]
+            if entry.alias is not None:
+                entry = entries[entry.alias]
+            base = None if entry.base is None else self.stored[entry.base.name]
+            made[name] = Rebuilt(self.package, entry, base, self.base_label, self)
+        return made
+
+    @property
+    def text(self) -> str:
+        return f"{self.label} ({self.package.mode})"
+
+    @property
+    def identity(self) -> str:
+        return self.package.sha256
+
+    def file(self, path: str) -> bytes | None:
+        """The content of a small file of the target (config, tokenizer, …), None if there is none of that name."""
+        said = self.package.manifest.data["files"].get(path)
+        if said is None:
+            return None
+        if said["from"] == "package":
+            return self.package.text(f"file/{path}", said["size"], said["sha256"])
+        donor = self.inputs[0].donor
+        place = None if donor is None or donor.directory is None else donor.directory / path
+        if isinstance(self.inputs[0], PackageNode):
+            content = self.inputs[0].file(path)
+        else:
+            content = place.read_bytes() if place is not None and place.is_file() else None
+        if content is None or fingerprint.digest(content) != said["sha256"]:
+            raise self.refuse(
+                f"{self.base_label} is not the base of {self.package.path}: its {path} is "
+                + ("missing" if content is None else "another one"),
+                hint="fetch the base with its config and tokenizer",
+            )
+        return content
+
+    @cached_property
+    def _config(self) -> dict[str, Any] | None:
+        text = self.file("config.json")
+        try:
+            return None if text is None else dict(json.loads(text))
+        except (ValueError, TypeError):
+            raise self.refuse(f"config.json of {self.package.path} is not JSON") from None
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        return self._config
+
+    @cached_property
+    def _donor(self) -> Source:
+        self._folder = tempfile.TemporaryDirectory(prefix="surgery-")  # lives as long as this node
+        folder = Path(self._folder.name)
+        for path in self.package.manifest.data["files"]:
+            if "/" not in path:
+                (folder / path).write_bytes(self.file(path) or b"")
+        tensors = {n: Stored(n, e.target.dtype, e.target.shape, self.package.path, 0)
+                   for n, e in self.package.manifest.entries.items()}  # fmt: skip
+        files = {self.package.path: FileState.of(self.package.path)}
+        return Source(self.package.path, self.label or "package", folder, tensors, files, self.package.sha256)
+
+    @property
+    def donor(self) -> Source:
+        return self._donor
+
+
+def stored_tensors(node: Node) -> dict[str, Expr]:
+    """Every tensor that is stored, those that are declared tied as well."""
+    if isinstance(node, SourceNode):
+        made: dict[str, Expr] = {name: Read(node.source, stored, node) for name, stored in node.source.tensors.items()}
+        return made | {alias: made[name] for alias, name in node.source.aliases.items()}
+    return node.tensors
+
+
+def base_text(said: Mapping[str, Any]) -> str:
+    """The base that a manifest names, for people."""
+    repo = said.get("repo")
+    named = f"{repo}@{said['revision']}" if repo and "revision" in said else repo or said["name"]
+    return f"{named}: {said['tensors']} tensors, root {said['root'][:12]}…"
+

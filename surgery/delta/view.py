@@ -1,0 +1,95 @@
+"""What a package says of itself, as plain data: sizes and errors, by tensor, by layer and by codec. Nothing but the manifest
+is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod, sqrt
+from typing import Any
+
+from surgery.delta.container import Package
+from surgery.delta.manifest import Entry
+from surgery.engine.scan import layers
+
+
+def overview(package: Package) -> dict[str, Any]:
+    """The package as plain data, for `inspect`."""
+    data = package.manifest.data
+    sizes = {name: length for name, length, _ in package.manifest.parts}
+    tensors = {name: _tensor(e, sizes) for name, e in package.manifest.entries.items()}
+    model = sum(t["model_bytes"] for t in tensors.values())
+    grouped = layers({name: e.target.shape for name, e in package.manifest.entries.items()})
+    codecs: dict[str, list[dict[str, Any]]] = {}
+    for t in tensors.values():
+        codecs.setdefault(t["codec"], []).append(t)
+    return {
+        "package": package.path,
+        "sha256": package.sha256,
+        "spec": data["spec"],
+        "mode": data["mode"],
+        "producer": data["producer"],
+        "bytes": package.size,
+        "model_bytes": model,
+        "ratio": model / package.size,
+        "base": dict(data["base"]),
+        "target": {"root": data["target"]["root"], "files": [dict(f) for f in data["target"]["files"]]},
+        "codecs": {codec: _sum(found) for codec, found in codecs.items()},
+        "layers": {layer: _sum([tensors[n] for n in names]) for layer, names in grouped.items()},
+        "total": _sum(tensors.values()),
+        "tensors": list(tensors.values()),
+        "dropped": list(data["dropped"]),
+        "files": {path: dict(file) for path, file in data["files"].items()},
+    }
+
+
+def _tensor(entry: Entry, sizes: Mapping[str, int]) -> dict[str, Any]:
+    target, base, layer = entry.target, entry.base, entry.layer
+    held = sum(sizes[part] for part in entry.parts())
+    count = prod(target.shape)
+    made: dict[str, Any] = {
+        "name": target.name,
+        "dtype": target.dtype.torch,
+        "shape": list(target.shape),
+        "elements": count,
+        "kind": _kind(entry),
+        "codec": "same" if entry.same else "alias" if entry.alias else str((layer or {})["codec"]),
+        "bytes": held,
+        "model_bytes": target.nbytes,
+        "bits": 8.0 * held / count if count else 0.0,
+        "error": dict(layer["error"]) if entry.lossy and layer is not None else None,
+        "sha256": target.sha256,
+    }
+    if base is not None and base.name != target.name:
+        made["renamed_from"] = base.name
+    if base is not None and base.shape != target.shape:
+        made["resized_from"] = list(base.shape)
+    if base is not None and base.dtype != target.dtype:
+        made["retyped_from"] = base.dtype.torch
+    if entry.alias is not None:
+        made["alias_of"] = entry.alias
+    return made
+
+
+def _kind(entry: Entry) -> str:
+    if entry.same:
+        return "same"
+    if entry.alias is not None:
+        return "alias"
+    if entry.base is None:
+        return "new"
+    return "lossy" if entry.lossy else "changed"
+
+
+def _sum(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Totals of several tensors. rel_fro, gain: means over the lossy ones (root mean square, and by elements)."""
+    found = list(tensors)
+    count, held = sum(t["elements"] for t in found), sum(t["bytes"] for t in found)
+    made: dict[str, Any] = {"tensors": len(found), "elements": count, "bytes": held}
+    made["bits"] = 8.0 * held / count if count else 0.0
+    coded = [t for t in found if t["error"] is not None and t["error"]["rel_fro"] is not None]
+    total = sum(t["elements"] for t in coded)
+    if total:
+        made["rel_fro"] = sqrt(sum(t["elements"] * t["error"]["rel_fro"] ** 2 for t in coded) / total)
+        made["gain"] = sum(t["elements"] * t["error"]["gain"] for t in coded) / total
+        made["max_abs"] = max(t["error"]["max_abs"] for t in coded)
+    return made

@@ -1,0 +1,78 @@
+"""The YAML documents of one file, each with the places of its keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.errors import Refused
+from surgery.recipe.document import Document, _Loader
+
+MARK = "merge_method"
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class Part(Document):
+    """One of several documents of a file; places are those of the whole file."""
+
+    def __init__(self, path: Path, text: str, loader: Any, node: yaml.Node) -> None:
+        self.path, self.text = path, text
+        self._places: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._count = 0
+        self._pairs: dict[int, list[Any]] = {}
+        self.data: Any = self._build(loader, node, (), ())
+
+    def _build(self, loader: Any, node: yaml.Node, path: tuple[Any, ...], above: tuple[int, ...]) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            node.value = self._with_merged(node, ())
+        return super()._build(loader, node, path, above)
+
+    def _with_merged(self, node: yaml.MappingNode, above: tuple[int, ...]) -> list[Any]:
+        """The pairs of a map, with those that it takes over by `<<`; its own win, then the first named."""
+        if id(node) in above:
+            raise Refused(f"{self.path}: an alias that contains itself")
+        if id(node) not in self._pairs:
+            own = [pair for pair in node.value if pair[0].tag != _MERGE]
+            taken: dict[Any, Any] = {}
+            for key, value in node.value:
+                for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if key.tag == _MERGE and isinstance(other, yaml.MappingNode):
+                        for pair in self._with_merged(other, (*above, id(node))):
+                            taken.setdefault(pair[0].value, pair)
+            names = {key.value for key, _ in own if isinstance(key, yaml.ScalarNode)}
+            self._pairs[id(node)] = [pair for name, pair in taken.items() if name not in names] + own
+        return self._pairs[id(node)]
+
+
+def read_documents(path: Path) -> list[Part] | None:
+    """The documents of a file if any of them is mergekit's dialect, else None. Empty documents are left out.
+
+    Raises Refused for what is no YAML in a file that may be of the dialect.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None  # the reader of native recipes says what is wrong
+    if MARK not in text:
+        return None
+    loader = _Loader(text)
+    parts = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            parts.append(Part(path, text, loader, node))
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+        raise Refused(f"{path}{at}: not valid YAML: {what}") from None
+    except RecursionError:
+        raise Refused(f"{path}: nested too deeply") from None
+    finally:
+        loader.dispose()
+    parts = [p for p in parts if p.data is not None]
+    if not any(isinstance(p.data, dict) and MARK in p.data for p in parts):
+        return None
+    return parts

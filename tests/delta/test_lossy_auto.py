@@ -1,0 +1,106 @@
+"""One budget over all tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_lossy_codecs import heavy, whole
+
+from surgery.delta.codecs.base import lossy_codec
+from surgery.delta.lossy.auto import Allocation, allocate
+from surgery.errors import Refused
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    made = {f"m{i}": heavy((128 + 32 * i, 96), i) * np.float32(2.0 ** (i - 1)) for i in range(4)}
+    sparse = heavy((200, 96), 9)
+    sparse[np.random.default_rng(0).random(sparse.shape) > 0.01] = 0
+    return {**made, "norm": heavy((1, 300), 5)[0], "sparse": sparse, "untouched": np.zeros((100, 100), np.float32)}
+
+
+def spent(found: Allocation, tensors: dict[str, np.ndarray]) -> tuple[int, float]:
+    """(bytes, squared error) when the choices are carried out; what is to be coded exactly at 2 bytes."""
+    size, error = 0, 0.0
+    for name, choice in found.choices.items():
+        x = tensors[name]
+        if choice.codec is None:
+            size += 2 * x.size
+            continue
+        codec = lossy_codec(choice.codec)
+        coded = codec.encode(x, key=name, **choice.options)
+        size += coded.nbytes
+        error += float(np.square(whole(codec, coded, x.shape, name).astype(np.float64) - x).sum())
+    return size, error
+
+
+@pytest.mark.parametrize("size", [15_000, 40_000, 90_000])
+def test_a_size_is_kept_and_used(tensors: dict[str, np.ndarray], size: int) -> None:
+    found = allocate(tensors, size=size)
+    assert list(found.choices) == list(tensors)
+    got, _ = spent(found, tensors)
+    assert 0.75 * size <= got <= size  # manifest overhead and what is set aside for exact tensors are not in `got`
+    assert found.choices["norm"].codec is None
+    assert found.choices["sparse"].codec == found.choices["untouched"].codec == "sparse/1"
+
+
+def test_bits_are_a_size(tensors: dict[str, np.ndarray]) -> None:
+    total = sum(t.size for t in tensors.values())
+    assert allocate(tensors, bits=4.0).choices == allocate(tensors, size=total / 2).choices
+
+
+def test_better_than_equal_bits(tensors: dict[str, np.ndarray]) -> None:
+    dense = {n: t for n, t in tensors.items() if n.startswith("m")}
+    found = allocate(dense, bits=2.0)
+    _, error = spent(found, dense)
+    bits = 8 * spent(found, dense)[0] / sum(t.size for t in dense.values())
+    equal = 0.0
+    for name, x in dense.items():
+        codec = lossy_codec("dither")
+        coded = codec.encode(x, key=name, bits=bits)
+        equal += float(np.square(whole(codec, coded, x.shape, name).astype(np.float64) - x).sum())
+    assert error < 0.9 * equal
+
+
+def test_weights_and_grams_move_bits(tensors: dict[str, np.ndarray]) -> None:
+    dense = {n: tensors[n] for n in ("m1", "m2")}
+    plain, heavy_m1 = allocate(dense, bits=1.5), allocate(dense, bits=1.5, weights={"m1": 100.0})
+    assert heavy_m1.choices["m1"].options["bits"] > plain.choices["m1"].options["bits"]
+    assert heavy_m1.choices["m2"].options["bits"] < plain.choices["m2"].options["bits"]
+    grams = allocate(dense, bits=1.5, grams={"m1": 100 * np.eye(96)})
+    assert {n: c.options for n, c in grams.choices.items()} == {n: c.options for n, c in heavy_m1.choices.items()}
+    with pytest.raises(Refused, match="Gram matrix of shape"):
+        allocate(dense, bits=1.5, grams={"m1": np.eye(5)})
+
+
+def test_max_error_holds_everywhere(tensors: dict[str, np.ndarray]) -> None:
+    found = allocate(tensors, max_error=2e-4)
+    for name, choice in found.choices.items():
+        if choice.codec is not None:
+            codec = lossy_codec(choice.codec)
+            coded = codec.encode(tensors[name], key=name, **choice.options)
+            assert coded.facts["error"]["max_abs"] <= 2e-4
+            assert coded.nbytes <= 1.05 * choice.nbytes
+
+
+def test_tensors_may_be_made_on_demand(tensors: dict[str, np.ndarray]) -> None:
+    asked: list[str] = []
+
+    def provider(name: str) -> np.ndarray:
+        asked.append(name)
+        return tensors[name]
+
+    lazy = {n: (lambda n=n: provider(n)) for n in tensors}
+    assert allocate(lazy, size=40_000).choices == allocate(tensors, size=40_000).choices
+    assert asked == list(tensors)
+
+
+@pytest.mark.parametrize("budget", [{}, {"size": 1, "bits": 1}, {"bits": 1, "max_error": 1}])
+def test_one_budget(tensors: dict[str, np.ndarray], budget: dict) -> None:
+    with pytest.raises(Refused, match="one of size"):
+        allocate(tensors, **budget)
+
+
+def test_too_small(tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(Refused, match="too small: these tensors need at least"):
+        allocate(tensors, size=1000)

@@ -1,0 +1,156 @@
+"""The compiled kernels give the bits that plain numpy and torch give."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from surgery import ops
+from surgery.checkpoint.dtypes import BF16, F32
+from surgery.engine import convert
+from surgery.ops import fast, random, select, statistics
+from surgery.ops.statistics import At
+
+pytest.importorskip("numba")
+compiled = fast.load()
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function as if numba were missing."""
+
+    def call(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            for module in (convert, random, select, statistics, __import__("surgery.ops.ties", fromlist=["x"]), _sparsify()):
+                patch.setattr(module, "kernels", lambda: None)
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _sparsify():
+    return __import__("surgery.ops.sparsify", fromlist=["x"])
+
+
+def floats(n: int, spread: float = 1.0) -> np.ndarray:
+    return (RNG.standard_normal(n) * np.exp(spread * RNG.standard_normal(n))).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 4095, 4096, 20_001])
+def test_sums(plain, n):
+    vectors = [floats(n), floats(n, 3.0), np.zeros(n, np.float32)]
+    got, want = statistics.gram(vectors), plain(statistics.gram, vectors)
+    assert np.array_equal(got, want)
+    exact = np.array([[np.dot(a.astype(np.float64), b.astype(np.float64)) for b in vectors] for a in vectors])
+    assert np.allclose(got, exact, rtol=1e-5, atol=1e-5 * np.sqrt(np.outer(np.diag(exact), np.diag(exact))).max(initial=0))
+    assert statistics.l1(vectors[1]) == plain(statistics.l1, vectors[1])
+
+
+def test_sums_beyond_the_range_of_float32(plain):
+    huge, tiny = np.full(9000, 1e30, np.float32), np.full(9000, 1e-30, np.float32)
+    for a in (huge, tiny):
+        assert statistics.dot(a, a) == plain(statistics.dot, a, a) == pytest.approx(9000 * float(a[0]) ** 2, rel=1e-6)
+
+
+def test_decoding_and_encoding_bfloat16_every_pattern(plain):
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    got, want = np.empty(1 << 16, np.float32), np.empty(1 << 16, np.float32)
+    convert.decode(patterns.view(np.uint8), BF16, got)
+    plain(convert.decode, patterns.view(np.uint8), BF16, want)
+    assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
+    values = np.concatenate([floats(100_000, 20.0), got, np.nextafter(got[np.isfinite(got)], np.float32(0)), [3.3895313892515355e38, 3.4e38]])
+    with np.errstate(invalid="ignore"):
+        values = values.astype(np.float32)
+    one, two = (np.empty(len(values) * 2, np.uint8) for _ in range(2))
+    sound = convert.encode(values, BF16, one)
+    assert plain(convert.encode, values, BF16, two) is None
+    a, b = one.view(np.uint16), two.view(np.uint16)
+    numbers = ~np.isnan(values)
+    assert np.array_equal(a[numbers], b[numbers])
+    assert np.isnan(one.view(ml_dtypes.bfloat16)[~numbers].astype(np.float32)).all()
+    assert sound is False
+    assert convert.encode(floats(1000), BF16, np.empty(2000, np.uint8)) is True
+    assert convert.encode(np.array([3.3961775e38], np.float32), BF16, np.empty(2, np.uint8)) is False  # rounds up to infinity
+    assert convert.encode(floats(4), F32, np.empty(16, np.uint8)) is None
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 12345])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 1001])
+def test_masks(plain, start, count):
+    for density in (0.1, 0.5, 0.999):
+        got = random.bernoulli(density, 3, "key", start, count)
+        assert np.array_equal(got, plain(random.bernoulli, density, 3, "key", start, count))
+
+
+@pytest.mark.parametrize("like", ["paper", "mergekit", "peft"])
+@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0], [0.5, 2.0, -1.0]])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ties_on_arrays_is_ties_on_tensors(plain, like, elect, weight, normalize):
+    n = 5000
+    deltas = [np.round(floats(n), 2) for _ in range(3)]
+    topk = select.TopK([0.3, 0.5, 1.0], [n])
+    at = At(0, 0, n)
+    while not topk.conclude([(at, topk.observe(deltas, at))]):
+        pass
+    cuts = topk.result(0)
+    params = {"density": [0.3, 0.5, 1.0], "weight": weight, "elect": elect, "trim": "tensor", "normalize": normalize, "like": like}
+    op = ops.get("ties")
+    for where in (at, At(0, -5, n), At(0, 5, n), At(1, 0, n)):  # the piece with the cut, pieces before and after it
+        want = op.function([torch.from_numpy(d) for d in deltas], **params, at=where, measured=cuts).numpy()
+        assert np.array_equal(op.arrays(deltas, **params, at=where, measured=cuts), want)
+        assert np.array_equal(plain(op.arrays, deltas, **params, at=where, measured=cuts), want)
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
+def test_dare_on_arrays_is_dare_on_tensors(plain, rescale):
+    x, op, at = floats(5000), ops.get("dare"), At(0, 800, 5000, "k")
+    params = {"density": 0.3, "rescale": rescale, "seed": 5, "at": at, "measured": 3.21}
+    want = op.function([torch.from_numpy(x)], **params).numpy()
+    assert np.array_equal(op.arrays([x], **params), want)
+    assert np.array_equal(plain(op.arrays, [x], **params), want)
+
+
+@pytest.mark.parametrize("low,high", [(0.5, 0.6), (0.1, np.inf), (2.0, np.nextafter(np.float32(2.0), np.float32(3)))])
+def test_brackets(low, high):
+    x = np.round(floats(10_000), 1)
+    out = np.empty(len(x), np.float32)
+    above, inside, finite = compiled.bracket(x, np.float32(low), np.float32(high), True, out)
+    m = np.abs(x)
+    assert (above, inside, finite) == ((m >= np.float32(high)).sum(), ((m >= np.float32(low)) & (m < np.float32(high))).sum(), True)
+    assert np.array_equal(out[:inside], m[(m >= np.float32(low)) & (m < np.float32(high))])
+    x[777] = np.nan
+    assert compiled.bracket(x, np.float32(low), np.float32(high), True, out)[2] is False
+
+
+@pytest.mark.parametrize("coefs", [[0.25, 0.25, 0.5], [1.0, 0.4, -0.3], [0.7], [1.0, -1.0], [0.3, 0.3]])
+def test_fused_sums(tmp_path, monkeypatch, coefs):
+    """A streamed weighted sum of bfloat16 tensors, compiled or not."""
+    from safetensors.torch import save_file
+
+    import surgery
+    from surgery.engine import evaluate
+
+    paths = []
+    for i in range(len(coefs)):
+        path = tmp_path / f"{i}.safetensors"
+        tensors = {"x": torch.from_numpy(floats(700_003)), "y": torch.from_numpy(floats(3)), "z": torch.zeros(0)}
+        save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, path)
+        paths.append(path)
+
+    def merged(name: str) -> bytes:
+        models = [surgery.open(p) for p in paths]
+        ops.average(models, weight=coefs, normalize=False).save(tmp_path / name)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    got = merged("fast")
+    for module in (evaluate, convert):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    assert got == merged("plain")
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(fast, "_loaded", None)
+    monkeypatch.setenv("SURGERY_KERNELS", "0")
+    assert fast.load() is None and fast.kernels() is None
