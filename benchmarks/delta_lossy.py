@@ -25,6 +25,7 @@ import numpy as np
 
 import surgery.delta.lossy  # noqa: F401
 from surgery.delta.codecs.base import lossy_codec
+from surgery.delta.lossy.memo import recent, remembered
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("dither", {"bits": 0.25}),
@@ -107,6 +108,8 @@ def measured(name: str, options: dict[str, Any], deltas: list[tuple[str, np.ndar
         start = time.process_time()
         coded = codec.encode(delta, key=key, **options)
         encode += time.process_time() - start
+        recent.clear()  # of what encoding decoded to measure itself
+        remembered.clear()
         start = time.process_time()
         back = np.concatenate(
             [codec.decode(coded, delta.shape, key, a, min(a + (1 << 20), delta.size)) for a in range(0, delta.size, 1 << 20)]
@@ -124,27 +127,34 @@ def measured(name: str, options: dict[str, Any], deltas: list[tuple[str, np.ndar
 
 
 class Probe:
-    """The tuned MiniLM encoder with a linear head fitted on its features; logits of any weights under that head."""
+    """The tuned MiniLM encoder with its head; logits of any weights under that head.
+
+    The pairs keep encoders only. The head is made again: the same random start (so that accuracy depends on the encoder's
+    delta), trained for as long and at the same rate as it was beside the encoder, on the features of the tuned encoder.
+    """
 
     def __init__(self, work: Path, pair: str, count: int) -> None:
         import delta_pairs
         import torch
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        torch.manual_seed(0)
         self.base, self.tuned = (self._read(p) for p in delta_pairs.pair(work, pair))
         self._torch = torch
         self._tokenizer = AutoTokenizer.from_pretrained(delta_pairs._home())
+        torch.manual_seed(0)
         self._model = AutoModel.from_config(AutoConfig.from_pretrained(delta_pairs._home())).eval()
+        self._head = torch.nn.Linear(self._model.config.hidden_size, delta_pairs.CLASSES)
         train, held = delta_pairs.examples()
         self._held = held[:count]
         self._labels = torch.tensor([c for _, c in self._held])
         features, labels = self._features(self.tuned, train[:3000]), torch.tensor([c for _, c in train[:3000]])
-        self._head = torch.nn.Linear(features.shape[1], delta_pairs.CLASSES)
-        optimiser = torch.optim.AdamW(self._head.parameters(), lr=1e-2, weight_decay=1e-2)
-        for _ in range(300):
+        regime = delta_pairs.REGIMES[pair]
+        optimiser = torch.optim.AdamW(self._head.parameters(), lr=regime.rate, weight_decay=0.0)
+        for step in range(regime.stop or regime.steps):
+            optimiser.param_groups[0]["lr"] = regime.rate * (1 - step / regime.steps)
+            batch = torch.randint(len(features), (16,))
             optimiser.zero_grad()
-            torch.nn.functional.cross_entropy(self._head(features), labels).backward()
+            torch.nn.functional.cross_entropy(self._head(features[batch]), labels[batch]).backward()
             optimiser.step()
         self._reference = self.logits(self.tuned)
         self._away = float((self.logits(self.base) - self._reference).square().mean())
@@ -170,22 +180,28 @@ class Probe:
         with self._torch.no_grad():
             return self._head(self._features(weights, self._held))
 
+    def accuracy(self, weights: dict[str, Any] | None = None) -> float:
+        found = self._reference if weights is None else self.logits(weights)
+        return float((found.argmax(1) == self._labels).float().mean())
+
     def deltas(self) -> list[tuple[str, np.ndarray]]:
         """The matrices inside the encoder: float32 differences."""
         names = [n for n, t in self.tuned.items() if "encoder.layer" in n and t.ndim == 2]
         return [(n, (self.tuned[n].float() - self.base[n].float()).numpy()) for n in names]
 
     def score(self, made: dict[str, np.ndarray]) -> dict[str, float]:
-        """Of the tuned model with these deltas in its matrices, rounded to the storage type as `apply` does."""
+        """Of the tuned model with these deltas in its matrices; `stored`: rounded to the storage type too, as `apply` does."""
         torch = self._torch
         weights = dict(self.tuned)
         for name, delta in made.items():
-            weights[name] = (self.base[name].float() + torch.from_numpy(delta)).to(self.base[name].dtype)
+            weights[name] = self.base[name].float() + torch.from_numpy(delta)
         found = self.logits(weights)
+        rounded = self.logits({n: t.to(self.base[n].dtype) for n, t in weights.items()})
         return {
             "accuracy": float((found.argmax(1) == self._labels).float().mean()),
             "agree": float((found.argmax(1) == self._reference.argmax(1)).float().mean()),
             "logit": float((found - self._reference).square().mean()) / self._away,
+            "stored": float((rounded - self._reference).square().mean()) / self._away,
         }
 
 
@@ -215,8 +231,9 @@ def automatic(deltas: list[tuple[str, np.ndarray]], bits: float) -> dict[str, An
 
 
 COLUMNS = {
-    "bits": "{:.3f}", "rel_fro": "{:.3f}", "gain": "{:.3f}", "max_abs": "{:.1e}", "encode_mb_s": "{:.0f}", "decode_mb_s": "{:.0f}",
-    "accuracy": "{:.3f}", "agree": "{:.3f}", "logit": "{:.2e}",
+    "bits": "{:.3f}", "rel_fro": "{:.3f}", "gain": "{:.3f}", "max_abs": "{:.1e}",
+    "encode_mb_s": "{:.0f}", "decode_mb_s": "{:.0f}",
+    "accuracy": "{:.3f}", "agree": "{:.3f}", "logit": "{:.2e}", "stored": "{:.2e}",
 }  # fmt: skip
 
 
@@ -238,7 +255,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if "OMP_NUM_THREADS" not in os.environ:  # threads that wait would count as process time
-        one = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **one})
     probe = Probe(given.work, given.pair, given.examples) if given.pair else None
     if probe:
@@ -247,7 +264,9 @@ def main() -> None:
         deltas = list(matrices(given.base, given.model, given.only or ["*"], given.most))
     else:
         deltas = [("synthetic", synthetic())]
-    columns = [c for c in COLUMNS if probe or c not in ("accuracy", "agree", "logit")]
+    columns = [c for c in COLUMNS if probe or c not in ("accuracy", "agree", "logit", "stored")]
+    if probe:
+        print(f"tuned model: accuracy {probe.accuracy():.3f}, base under the same head {probe.accuracy(probe.base):.3f}")
     print(f"{len(deltas)} matrices, {sum(d.size for _, d in deltas)} weights\n")
     print(f"| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     rows = []

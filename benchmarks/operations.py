@@ -20,7 +20,7 @@ FOLDERS = {"base": "base", "m0": "ft0", "m1": "ft1", "m2": "ft2"}
 class Operation:
     """A merge: the inputs it reads, our steps (the last is `merged`), and the peer's method with its keys.
 
-    `peer` holds what mergekit is told: its keys, and under `each` the parameters of the models other than
+    Without steps of our own the peer's file is what we run too. `peer` holds what mergekit is told: its keys, and under `each` the parameters of the models other than
     the base, as one value for all or a list of one per model.
     """
 
@@ -86,15 +86,26 @@ def operations(tuned: int = 3) -> dict[str, Operation]:
         "ties_global": Operation(["base", *models], {**diffs, "task": ties, **add_task}),
         "dare": dare(0.5),
         "dare_all": dare(1.0),
+        "della": Operation(["base", *models], {}, method("della_linear", weight=0.3, density=0.5, epsilon=0.15)),
+        "breadcrumbs": Operation(["base", *models], {}, method("breadcrumbs", weight=0.3, density=0.8, gamma=0.01)),
+        "sce": Operation(["base", *models], {}, method("sce") | {"parameters": {"select_topk": 0.5}}),
+        "karcher": Operation(models, {}, method("karcher")),
+        "nuslerp": Operation(models[:2], {}, method("nuslerp", weight=0.5)),
+        "multislerp": Operation(models, {}, method("multislerp", weight=0.3)),
     }
 
 
 OPERATIONS = operations()
 RACES = ("linear", "task_arithmetic", "slerp", "stock", "ties", "ties_global", "dare")
+DIALECT = ("della", "breadcrumbs", "sce", "karcher", "nuslerp", "multislerp")  # the peer's own files, run by both
 
 
 def recipe(operation: Operation, models: Path, file: Path) -> Path:
     """Write our recipe for an operation on a family of models, and return the file."""
+    if not operation.steps:
+        config = peer_config(operation, models, file)
+        assert config is not None
+        return config
     sources = {name: str(models / FOLDERS[name]) for name in operation.inputs}
     return write_recipe(file, sources, operation.steps)
 

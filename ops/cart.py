@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
-from surgery.ops.matrices import LARGEST, Depth, epsilon, over_matrices, project, short_vectors, wide_total
+from surgery.ops.matrices import LARGEST, Depth, epsilon, over_matrices, plain_mean, project, short_vectors, wide_total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LARGEST,
     ],
     needs=("depth",),
+    reduces=plain_mean,
 )
 def cart(deltas: Sequence[Tensor], *, alpha: float, share: float, largest: float, depth: Depth = None) -> Tensor:
     """Add to the mean of the deltas the leading directions of each around it (CART).

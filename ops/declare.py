@@ -156,6 +156,8 @@ class Op:
     pads: Callable[..., bool] = field(default=lambda **_: False)  # (**params): missing trailing rows count as zero
     check: Callable[..., str | None] = field(default=lambda count, **_: None)  # (count, **params) -> what is wrong
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    reduces: Callable[..., Sequence[float] | None] = field(default=lambda count, shape, depth, **_: None)
+    # (count, shape, depth, **params): coefficients where the operator is a plain weighted sum for tensors of that shape
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)

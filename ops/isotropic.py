@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
-from surgery.ops.matrices import LARGEST, Depth, Svd, epsilon, over_matrices, polar, svd, wide_total
+from surgery.ops.matrices import LARGEST, Depth, Svd, epsilon, over_matrices, polar, scaled_mean, svd, wide_total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ _ALPHA = number("alpha", 1.0, "Scales the result.")
     locality="matrix",
     params=[_ALPHA, LARGEST],
     needs=("depth",),
+    reduces=scaled_mean,
 )
 def iso_c(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth = None) -> Tensor:
     """Flatten the spectrum of the summed deltas (isotropic merging in common space, Iso-C).
@@ -70,6 +71,7 @@ def iso_c(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Dept
         LARGEST,
     ],
     needs=("depth",),
+    reduces=scaled_mean,
 )
 def iso_cts(deltas: Sequence[Tensor], *, alpha: float, common: float, largest: float, depth: Depth = None) -> Tensor:
     """Flatten the spectrum of common and task-specific directions (Iso-CTS).

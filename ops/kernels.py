@@ -370,38 +370,56 @@ def elect(
 
 
 @_jit
-def philox_below(key0: Any, key1: Any, first: Any, skip: int, threshold: Any, out: Any) -> None:
-    """out[i] = 32-bit number i of the Philox 4x64 stream that starts `skip` numbers into block `first` is below `threshold`."""
+def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
     m0, m1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-    w0, w1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-    mask = np.uint64(0xFFFFFFFF)
+    a, b, c, d = counter, np.uint64(0), np.uint64(0), np.uint64(0)
+    for _ in range(10):
+        high0, low0 = _high_product(m0, a), m0 * a
+        high1, low1 = _high_product(m1, c), m1 * c
+        a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
+        key0 += np.uint64(0x9E3779B97F4A7C15)
+        key1 += np.uint64(0xBB67AE8584CAA73B)
+    return a, b, c, d
+
+
+@_jit
+def philox_bits(key0: Any, key1: Any, first: Any, skip: int, out: Any) -> None:
+    """out[i] = 32-bit number i of the Philox 4x64 stream that starts `skip` numbers into block `first`."""
     counter = first
     at = -skip
     while at < out.size:
         counter += np.uint64(1)  # numpy counts up before it makes a block
-        a, b, c, d = counter, np.uint64(0), np.uint64(0), np.uint64(0)
-        k0, k1 = key0, key1
-        for _ in range(10):
-            high0, low0 = _high_product(m0, a), m0 * a
-            high1, low1 = _high_product(m1, c), m1 * c
-            a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-            k0 += w0
-            k1 += w1
+        words = _philox_block(counter, key0, key1)
         if at >= 0 and at + 8 <= out.size:
-            out[at] = (a & mask) < threshold
-            out[at + 1] = (a >> np.uint64(32)) < threshold
-            out[at + 2] = (b & mask) < threshold
-            out[at + 3] = (b >> np.uint64(32)) < threshold
-            out[at + 4] = (c & mask) < threshold
-            out[at + 5] = (c >> np.uint64(32)) < threshold
-            out[at + 6] = (d & mask) < threshold
-            out[at + 7] = (d >> np.uint64(32)) < threshold
+            for j in range(4):
+                out[at + 2 * j] = np.uint32(words[j])
+                out[at + 2 * j + 1] = np.uint32(words[j] >> np.uint64(32))
         else:
             for j in range(8):
                 if 0 <= at + j < out.size:
-                    word = a if j < 2 else b if j < 4 else c if j < 6 else d
-                    half = (word >> np.uint64(32)) if j % 2 else (word & mask)
-                    out[at + j] = half < threshold
+                    word = words[j // 2]
+                    out[at + j] = np.uint32(word >> np.uint64(32)) if j % 2 else np.uint32(word)
+        at += 8
+
+
+@_jit
+def philox_below(key0: Any, key1: Any, first: Any, skip: int, threshold: Any, out: Any) -> None:
+    """out[i] = 32-bit number i of that stream is below `threshold`."""
+    mask = np.uint64(0xFFFFFFFF)
+    counter = first
+    at = -skip
+    while at < out.size:
+        counter += np.uint64(1)
+        words = _philox_block(counter, key0, key1)
+        if at >= 0 and at + 8 <= out.size:
+            for j in range(4):
+                out[at + 2 * j] = (words[j] & mask) < threshold
+                out[at + 2 * j + 1] = (words[j] >> np.uint64(32)) < threshold
+        else:
+            for j in range(8):
+                if 0 <= at + j < out.size:
+                    word = words[j // 2]
+                    out[at + j] = ((word >> np.uint64(32)) if j % 2 else (word & mask)) < threshold
         at += 8
 
 

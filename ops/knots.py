@@ -64,7 +64,7 @@ def knots(
         computed without the SVD. TIES trims each matrix for itself here, the published code trims over the whole model. TIES
         depends on the basis: where singular values are equal the result is not unique; the sign of a singular vector is set
         so that its largest element is positive. Cost: an eigendecomposition of size min(m, T n), the most expensive of all
-        here for tall matrices (5632 x 2048, T = 3: 25 times that of `iso_c`), and 2 T m n min(m, T n) multiplications.
+        here for tall matrices (5632 x 2048, T = 3: 20 times that of `iso_c`), and 2 T m n min(m, T n) multiplications.
         Memory: T m n + 3 min(m, T n)^2 float64 numbers.
     Example:
         task: {op: knots, of: [math_task, code_task], density: 0.3}

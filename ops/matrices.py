@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgery.ops.declare import number
 from surgery.ops.lazy import torch
@@ -43,6 +43,22 @@ def is_matrix(shape: Sequence[int], depth: Depth, largest: float) -> bool:
     elif len(shape) != 2:
         return False
     return min(shape) > 0 and (depth is not None or max(shape[-2:]) <= largest)
+
+
+def plain_mean(count: int, shape: Sequence[int], depth: Depth, *, largest: float, **_: Any) -> list[float] | None:
+    """For `reduces`: the mean where a tensor is no matrix."""
+    return None if is_matrix(shape, depth, largest) else [1.0 / count] * count
+
+
+def scaled_mean(count: int, shape: Sequence[int], depth: Depth, *, alpha: float, **rest: Any) -> list[float] | None:
+    """For `reduces`: alpha times the mean where a tensor is no matrix."""
+    mean = plain_mean(count, shape, depth, **rest)
+    return mean and [alpha * c for c in mean]
+
+
+def first_alone(count: int, shape: Sequence[int], depth: Depth, *, largest: float, **_: Any) -> list[float] | None:
+    """For `reduces`: the first input where a tensor is no matrix."""
+    return None if is_matrix(shape, depth, largest) else [1.0] + [0.0] * (count - 1)
 
 
 def over_matrices(

@@ -18,6 +18,11 @@ _PER_BLOCK = 8  # 32-bit numbers made by one step of the counter
 def bits32(seed: int, key: str, start: int, count: int) -> Array:
     """Numbers `start` to `start + count` of the stream (seed, key): uint32, uniform."""
     first, skip = divmod(start, _PER_BLOCK)
+    compiled = kernels()
+    if compiled is not None:
+        made = np.empty(count, np.uint32)
+        compiled.philox_bits(*_words(seed, key), np.uint64(first), skip, made)
+        return made
     generator = np.random.Philox(key=int.from_bytes(_digest(seed, key), "little"), counter=first)
     words = generator.random_raw((skip + count + 1) // 2)
     return words.view(np.uint32)[skip : skip + count]
@@ -32,10 +37,13 @@ def bernoulli(density: float, seed: int, key: str, start: int, count: int) -> Ar
     if compiled is None:
         return bits32(seed, key, start, count) < threshold
     first, skip = divmod(start, _PER_BLOCK)
-    words = np.frombuffer(_digest(seed, key), "<u8")
     made = np.empty(count, dtype=bool)
-    compiled.philox_below(words[0], words[1], np.uint64(first), skip, np.uint64(threshold), made)
+    compiled.philox_below(*_words(seed, key), np.uint64(first), skip, np.uint64(threshold), made)
     return made
+
+
+def _words(seed: int, key: str) -> Array:
+    return np.frombuffer(_digest(seed, key), "<u8")
 
 
 def _digest(seed: int, key: str) -> bytes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
-from surgery.ops.matrices import LARGEST, Depth, epsilon, over_matrices, svd, times_transposed
+from surgery.ops.matrices import LARGEST, Depth, epsilon, first_alone, over_matrices, svd, times_transposed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LARGEST,
     ],
     needs=("depth",),
+    reduces=first_alone,
 )
 def svc(tensors: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth = None) -> Tensor:
     """Rescale a merged delta's singular values by how often each counts (singular value calibration).

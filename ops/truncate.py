@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from surgery.ops.declare import number, pointwise, takes
-from surgery.ops.matrices import LARGEST, Depth, epsilon, over_matrices, project, short_vectors
+from surgery.ops.matrices import LARGEST, Depth, epsilon, first_alone, over_matrices, project, short_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LARGEST,
     ],
     needs=("depth",),
+    reduces=first_alone,
 )
 def truncate_rank(
     tensors: Sequence[Tensor], *, rank: float | str, energy: float, error: float, largest: float, depth: Depth = None

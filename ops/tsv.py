@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
-from surgery.ops.matrices import LARGEST, Depth, Svd, epsilon, mean, over_matrices, polar, project, short_vectors, svd
+from surgery.ops.matrices import (
+    LARGEST,
+    Depth,
+    Svd,
+    epsilon,
+    first_alone,
+    mean,
+    over_matrices,
+    polar,
+    project,
+    scaled_mean,
+    short_vectors,
+    svd,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +34,7 @@ if TYPE_CHECKING:
     locality="matrix",
     params=[number("alpha", 1.0, "Scales the result."), LARGEST],
     needs=("depth",),
+    reduces=scaled_mean,
 )
 def tsv(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth = None) -> Tensor:
     """Merge deltas by their leading singular directions, made orthogonal to each other (TSV-Merge).
@@ -131,6 +145,7 @@ def _overlap(products: Tensor, widths: Sequence[int]) -> float:
         LARGEST,
     ],
     needs=("depth",),
+    reduces=first_alone,
 )
 def tsv_compress(tensors: Sequence[Tensor], *, ratio: float, largest: float, depth: Depth = None) -> Tensor:
     """Keep a delta's leading singular directions (TSV-Compress).

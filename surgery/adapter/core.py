@@ -51,6 +51,7 @@ class _Recent:
 
 
 _recent = _Recent(64 << 20)
+_recent_parts = _Recent(64 << 20)  # much smaller than the bases in Core Space: statistics over the model come back for them
 
 
 class _Span(NamedTuple):
@@ -82,6 +83,13 @@ class Basis:
             fetch_one(arg, fetch)
         found = _recent.get((self._key, "span"), lambda: self._made(fetch))
         return _Span(found[0], found[1], found[2:])
+
+    def part(self, fetch: Fetch, index: int) -> Array:
+        """Delta number `index` in the common bases."""
+        for arg in self.args:
+            fetch_one(arg, fetch)
+        found: Array = _recent_parts.get(self._key, lambda: self.span(fetch).parts)[index]
+        return found
 
     def _made(self, fetch: Fetch) -> tuple[Array, ...]:
         pairs = [joined(terms, fetch) if terms else None for terms in self.inputs]
@@ -157,7 +165,8 @@ class CorePart(Derived):
         return f"CorePart/{self.index}/{self.basis.identity}"
 
     def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> Array:
-        return self.basis.span(fetch).parts[self.index].reshape(-1)[start:stop].astype(work)
+        made: Array = self.basis.part(fetch, self.index).reshape(-1)[start:stop].astype(work)
+        return made
 
 
 class Lifted(Factored):

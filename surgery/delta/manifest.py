@@ -132,8 +132,12 @@ class Tensor:
     leaves: tuple[str, ...]
 
     @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.size
+        return self.numel * self.dtype.size
 
 
 @dataclass(frozen=True)
@@ -273,7 +277,7 @@ def _check_entry(name: str, e: Entry, entries: Mapping[str, Entry], mode: str, w
         elif codec not in EXACT:
             raise Refused(f"{where}: `{name}` is coded with `{codec}`, which is not known here", hint="use a newer version")
         else:
-            count = -(-prod(e.target.shape) // fingerprint.step_of(e.target.shape)) if prod(e.target.shape) else 0
+            count = -(-e.target.numel // fingerprint.step_of(e.target.shape)) if e.target.numel else 0
             if len(e.layer["lengths"]) != count or len(e.layer["checks"]) != 16 * count:
                 raise bad(where, f"`{name}` has the wrong number of chunks")
 

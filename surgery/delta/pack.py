@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,7 @@ class _Job:
     def _choice(self, pairing: Pairing) -> Choice | None:
         if self._choose is None or pairing.base is None or pairing.base.shape != pairing.target.shape:
             return None
-        return self._choose(pairing.target) if pairing.target.dtype.is_float and prod(pairing.target.shape) else None
+        return self._choose(pairing.target) if pairing.target.dtype.is_float and pairing.target.numel else None
 
     def _ahead(
         self, pool: ThreadPoolExecutor, plan: Iterator[tuple[str, Pairing, Choice | None]]
@@ -267,14 +266,14 @@ class _Job:
             self._progress(2 * target.nbytes // max(1, len(fingerprint.chunks(target.shape))))
         said = _said(target, leaves)
         if pairing.base is not None:
-            if not prod(target.shape):
+            if not target.numel:
                 same = pairing.base.shape == target.shape and pairing.base.dtype == target.dtype
             said["base"] = self._reference(pairing.base, target, base_leaves, base_hash)
         same = same and said["base"]["sha256"] == said["sha256"]
         twin = first.setdefault(said["sha256"], target.name)
         if same:
             said["same"] = True
-        elif twin != target.name and prod(target.shape):
+        elif twin != target.name and target.numel:
             writer.discard()
             said.pop("base", None)
             said["alias"] = twin

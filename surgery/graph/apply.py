@@ -226,8 +226,9 @@ class OpNode(Node):
             coefs = [float(c) for c in self.op.without(len(args), **params)]
             kept = [(c, a) for c, a in zip(coefs, padded, strict=True) if a is not _ZERO]
             return weighted([c for c, _ in kept], [a for _, a in kept], shape, dtype, self)
-        if self.op.linear and not self._measured(params):
-            coefs = [float(c) for c in self.op.function(len(args), **params, **extra)]
+        reduced = self.op.reduces(len(args), shape, extra.get("depth"), **params)
+        if reduced is not None or (self.op.linear and not self._measured(params)):
+            coefs = [float(c) for c in (reduced or self.op.function(len(args), **params, **extra))]
             kept = [(c, a) for c, a in zip(coefs, padded, strict=True) if a is not _ZERO]
             return weighted([c for c, _ in kept], [a for _, a in kept], shape, dtype, self)
         filled = [weighted([], [], shape, F32, self) if a is _ZERO else a for a in padded]

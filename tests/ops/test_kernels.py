@@ -81,6 +81,7 @@ def test_masks(plain, start, count):
     for density in (0.1, 0.5, 0.999):
         got = random.bernoulli(density, 3, "key", start, count)
         assert np.array_equal(got, plain(random.bernoulli, density, 3, "key", start, count))
+    assert np.array_equal(random.bits32(3, "key", start, count), plain(random.bits32, 3, "key", start, count))
 
 
 @pytest.mark.parametrize("like", ["paper", "mergekit", "peft"])

@@ -10,10 +10,23 @@ import numpy as np
 import pytest
 import spectral_reference as reference
 import torch
-from helpers import BF16, llama, llama_config, llama_tensors, read_checkpoint, recipe, run, same, surgery, write_checkpoint
+from helpers import (
+    BF16,
+    llama,
+    llama_config,
+    llama_tensors,
+    plan,
+    read_checkpoint,
+    recipe,
+    run,
+    same,
+    surgery,
+    write_checkpoint,
+)
 
 import surgery.ops as ops
 from surgery.errors import Refused
+from surgery.graph.expr import Read, walk
 from surgery.ops.eager import apply_to_tensors
 from surgery.ops.matrices import is_matrix
 
@@ -279,3 +292,15 @@ def test_spaces_and_counts_are_checked_in_the_plan(family: Path, tmp_path: Path)
     for step, message in (("op: tsv, of: [a, b]", "takes deltas"), ("op: svc, of: [da]", "2 or more")):
         with pytest.raises(Refused, match=message):
             merge(family, step, tmp_path / "out")
+
+
+def test_the_plan_knows_what_is_no_matrix(family: Path) -> None:
+    """Norms and embeddings are sums that stream in pieces; the rest is computed as a whole."""
+    plain = {"model.embed_tokens.weight", "lm_head.weight"}
+    for step in ("op: tsv, of: [da, db, dc], largest: 16", "op: svc, of: [da, db, dc], largest: 16"):
+        steps = f"{TASKS}\ntask: {{{step}}}\nmerged: {{op: add, of: [base, task]}}"
+        made = plan(recipe(family, steps, models=("base", "a", "b", "c"), output="{from: merged}"))
+        streamed = {p.name for p in made.programs if not p.whole}
+        assert streamed == plain | {n for n in made.by_name if "norm" in n}
+    alone = made.by_name["model.embed_tokens.weight"].expr
+    assert {e.source.label for e in walk([alone]) if isinstance(e, Read)} == {"a"}  # base + (a - base)

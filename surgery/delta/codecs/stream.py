@@ -27,7 +27,7 @@ class Frames:
     def add(self, data: NDArray[Any]) -> None:
         """One frame, nothing for no data."""
         if data.size:
-            self._frames.append(self._compressor.compress(memoryview(np.ascontiguousarray(data))))
+            self._frames.append(self._compressor.compress(np.ascontiguousarray(data).data))
 
     def take(self) -> bytes:
         made = b"".join(self._frames)

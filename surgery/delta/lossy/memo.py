@@ -35,6 +35,12 @@ class Memo:
                 self._used -= self._kept.popitem(last=False)[1][1]
         return made
 
+    def clear(self) -> None:
+        """Forget everything: measurements begin with this."""
+        with self._lock:
+            self._kept.clear()
+            self._used = 0
+
 
 remembered = Memo(256 << 20)  # tables and factors: one tensor's worth is needed for each of its pieces
 recent = Memo(24 << 20)  # decoded chunks: who reads in pieces of another size comes back to the last one
