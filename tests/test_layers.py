@@ -21,6 +21,7 @@ BELOW = {
     "reshape": {"statistics", "graph", "checkpoint", "ops", "errors"},
     "inputs": {"adapter", "delta", "statistics", "graph", "checkpoint", "errors"},
     "steps": {"adapter", "delta", "reshape", "graph", "errors"},
+    "tuning": {"lab", "adapter", "delta", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
     "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }

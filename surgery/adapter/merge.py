@@ -8,12 +8,12 @@ from typing import Any
 
 from surgery.adapter.core import SPACES, Basis, CorePart, Lifted, Terms
 from surgery.adapter.lowrank import Stacked, terms_of
-from surgery.adapter.node import AdapterNode, BoundNode, Everywhere
+from surgery.adapter.node import AdapterNode, BoundNode
 from surgery.checkpoint.structure import Structure
 from surgery.errors import did_you_mean
 from surgery.graph.expr import Expr, weighted
 from surgery.graph.forms import form
-from surgery.graph.node import Node
+from surgery.graph.node import Everywhere, Node
 from surgery.graph.stitch import make
 from surgery.ops import registry
 

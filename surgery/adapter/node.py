@@ -13,16 +13,9 @@ from surgery.checkpoint.source import Source
 from surgery.checkpoint.structure import Structure
 from surgery.errors import Refused
 from surgery.graph.expr import Expr
-from surgery.graph.node import Node, SourceNode
+from surgery.graph.node import Everywhere, Node, SourceNode
 
 _COPY = "the base's own value, stored beside the factors"
-
-
-class Everywhere(set[str]):
-    """All names: a delta without a base is zero wherever it has no tensor."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
 
 
 class AdapterNode(Node):

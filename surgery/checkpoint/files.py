@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,9 @@ from surgery.errors import Refused
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+MAX_TEXT = 100_000_000  # bytes of a config, an index or a tokenizer: as for headers of weights
 _SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_TEXTS = [*(p.lower() for p in _SIDECARS), "licence*", "*token*", "*vocab*", "*merges*", "*spiece*", "*sentencepiece*"]
 
 
 class Located(NamedTuple):
@@ -39,7 +43,49 @@ def locate(source: str) -> Located:
     raise Refused(f"{source}: no such file or directory", hint="give a path, or a hub id such as org/name@revision")
 
 
+def small_text(path: Path) -> str:
+    """The content of a UTF-8 text file. Raises Refused if it is no plain file or too large, OSError and ValueError as usual."""
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path}: is not a plain file", hint="do not use this checkpoint")
+    with open(path, "rb") as file:
+        raw = file.read(MAX_TEXT + 1)
+    if len(raw) > MAX_TEXT:
+        raise Refused(f"{path}: is larger than {MAX_TEXT} bytes; no such file of a model is", hint="do not use this checkpoint")
+    return raw.decode("utf-8")
+
+
+def _check_links(directory: Path) -> None:
+    """Refuse a directory whose config, tokenizer or licence is a device, or a link to somewhere that holds no weights.
+
+    What such a link leads to would be copied into the output, and be published with it. Links between checkpoints and into a
+    hub cache are common and fine.
+    """
+    for entry in os.scandir(directory):
+        name = entry.name.lower()
+        if entry.is_file(follow_symlinks=False) or entry.is_dir() or not any(fnmatchcase(name, p) for p in _TEXTS):
+            continue
+        path = directory / entry.name
+        if path.exists() and not path.is_file():
+            raise Refused(f"{path}: is not a plain file", hint="do not use this checkpoint")
+        target = path.resolve()
+        if path.exists() and not _beside_weights(target.parent, directory.resolve()):
+            raise Refused(
+                f"{path}: is a link to {target}, outside of this checkpoint; its content would be copied into the output",
+                hint="if that is meant, put a copy of the file in the link's place",
+            )
+
+
+def _beside_weights(folder: Path, home: Path) -> bool:
+    """Whether `folder` lies in `home`, holds weights itself, or is where a hub cache keeps files."""
+    if folder == home or home in folder.parents:
+        return True
+    if folder.name == "blobs" and (folder.parent / "snapshots").is_dir():
+        return True
+    return any(entry.name.endswith((".safetensors", *PICKLED)) for entry in os.scandir(folder))
+
+
 def _file(path: Path) -> Located:
+    _check_links(path.parent)
     if path.name.endswith(".index.json"):
         return Located(path.parent, *_indexed(path), None)
     if path.suffix == ".safetensors" or path.suffix in PICKLED:
@@ -50,6 +96,7 @@ def _file(path: Path) -> Located:
 
 
 def _directory(path: Path, revision: str | None) -> Located:
+    _check_links(path)
     for single, index, pattern in (
         ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin"),
@@ -66,7 +113,7 @@ def _directory(path: Path, revision: str | None) -> Located:
             return Located(path, [path / single], None, revision)
         found = sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("training_args"))
         if len(found) == 1 and found[0].name.startswith("adapter_model"):
-            raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="open it with its base: BASE+ADAPTER")
+            raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="open it with a base: BASE+ADAPTER")
         if len(found) == 1:
             return Located(path, found, None, revision)
         if found:
@@ -92,12 +139,12 @@ def _gguf(path: Path) -> Refused:
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
     try:
-        wanted = json.loads(index.read_text("utf-8"))["weight_map"]
+        wanted = json.loads(small_text(index))["weight_map"]
         names = list(dict.fromkeys(wanted.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused(f"{index}: not an index file (needs a `weight_map` of tensor -> file)") from None
     for name in names:
-        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+        if not isinstance(name, str) or not name.isprintable() or "/" in name or "\\" in name or name in ("", ".", ".."):
             raise Refused(f"{index}: points outside its directory: {name!r}", hint="do not use this checkpoint")
         if not (index.parent / name).is_file():
             raise Refused(f"{index.parent / name}: missing; the index names it", hint="the download is not complete")

@@ -28,6 +28,13 @@ class Header(NamedTuple):
 
 def read_header(path: str) -> Header:
     """Read and check the header of one safetensors file. Raises Refused naming the file and the tensor."""
+    try:
+        return _read_header(path)
+    except OSError as problem:
+        raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+
+
+def _read_header(path: str) -> Header:
     with open(path, "rb") as file:
         prefix = file.read(8)
         file.seek(0, 2)
@@ -35,6 +42,11 @@ def read_header(path: str) -> Header:
         if len(prefix) < 8:
             raise _bad(path, f"is {size} bytes long, too short for a safetensors header")
         (length,) = struct.unpack("<Q", prefix)
+        if length == 0:
+            raise Refused(
+                f"{path}: has no header: a run that writes it is not finished, or was killed",
+                hint="finish it: run the same recipe again with --resume",
+            )
         if length > MAX_HEADER:
             raise _bad(path, f"declares a header of {length} bytes; the format allows {MAX_HEADER}")
         if length > size - 8:
@@ -75,6 +87,8 @@ def parse_header(raw: bytes, size: int, path: str) -> Header:
 
 def _entry(path: str, name: str, value: Any, start: int) -> tuple[int, int, Stored]:
     try:
+        if not name.isprintable():
+            raise _bad(path, f"holds a tensor whose name has characters that cannot be printed: {ascii(name)[:100]}")
         dtype_name, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise _bad(path, f"is malformed: `{name}` needs dtype, shape and two data_offsets") from None

@@ -14,16 +14,15 @@ from surgery.checkpoint.dtypes import BY_TORCH
 from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
 
+_MAX_PICKLE = 100_000_000  # bytes of the pickle itself, as for headers of safetensors
+_MAX_WRAPPERS = 8
+_CONVERT = "only plain tensors are loaded from pickles; convert it to safetensors where you trust it"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 
 
 def read_pickled(path: str) -> dict[str, Stored]:
     """The tensors of one torch file, in file order. Raises Refused for anything that is not plain tensors."""
-    if not zipfile.is_zipfile(path):
-        raise Refused(
-            f"{path}: not in torch's zip format (saved before torch 1.6, or damaged)",
-            hint="load it once with the torch that made it and save it as safetensors",
-        )
+    size = _check_archive(path)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,12 +33,40 @@ def read_pickled(path: str) -> dict[str, Stored]:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise Refused(
             f"{path}: refused to unpickle: {_reason(problem, reason)}",
-            hint="only plain tensors are loaded from pickles; convert it to safetensors where you trust it",
+            hint=_CONVERT,
         ) from None
-    found = {name: _stored(path, name, tensor) for name, tensor in _tensors(path, loaded)}
+    try:
+        found = {name: _stored(path, name, tensor, size) for name, tensor in _tensors(path, loaded)}
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+        raise Refused(f"{path}: holds tensors that are not plain ({type(problem).__name__})", hint=_CONVERT) from None
     if not found:
         raise Refused(f"{path}: holds no tensors")
     return dict(sorted(found.items(), key=lambda item: item[1].offset))
+
+
+def _check_archive(path: str) -> int:
+    """Bytes of the file. Raises Refused if it is not what torch writes: a zip from its first byte on (anything else would go to
+    torch's old readers), nothing in it compressed (data is read by position, and a pickle might unpack to any size)."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            size = file.seek(0, 2)
+        if magic != b"PK\x03\x04" or not zipfile.is_zipfile(path):
+            raise Refused(
+                f"{path}: not in torch's zip format (saved before torch 1.6, or damaged)",
+                hint="load it once with the torch that made it and save it as safetensors",
+            )
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise Refused(f"{path}: {record.filename!a} in it is compressed; torch never does that", hint=_CONVERT)
+                if record.filename.endswith(".pkl") and record.file_size > _MAX_PICKLE:
+                    raise Refused(f"{path}: its pickle has {record.file_size} bytes; at most {_MAX_PICKLE} are read")
+    except OSError as problem:
+        raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as problem:
+        raise Refused(f"{path}: a damaged zip archive ({problem})", hint="fetch it again") from None
+    return size
 
 
 def _reason(problem: Exception, first_line: str) -> str:
@@ -53,7 +80,9 @@ def _reason(problem: Exception, first_line: str) -> str:
 def _tensors(path: str, loaded: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
-    while isinstance(loaded, Mapping) and not any(isinstance(v, torch.Tensor) for v in loaded.values()):
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(loaded, Mapping) or any(isinstance(v, torch.Tensor) for v in loaded.values()):
+            break
         inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
         if inner is None:
             raise Refused(f"{path}: holds no state dict", hint="save the model's state_dict() as safetensors")
@@ -65,7 +94,10 @@ def _tensors(path: str, loaded: Any) -> Iterator[tuple[str, Any]]:
             yield str(name), value
 
 
-def _stored(path: str, name: str, tensor: Any) -> Stored:
+def _stored(path: str, name: str, tensor: Any, size: int) -> Stored:
+    """Where a tensor lies in a file of `size` bytes."""
+    if not name.isprintable():
+        raise Refused(f"{path}: holds a tensor whose name has characters that cannot be printed: {ascii(name)[:100]}")
     dtype = BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise Refused(f"{path}: `{name}` has dtype {tensor.dtype}, which safetensors cannot hold")
@@ -73,4 +105,7 @@ def _stored(path: str, name: str, tensor: Any) -> Stored:
     if start is None:
         raise Refused(f"{path}: `{name}` has no position in the file", hint="convert it to safetensors")
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return Stored(name, dtype, tuple(tensor.shape), path, start + tensor.storage_offset() * dtype.size, strides)
+    stored = Stored(name, dtype, tuple(tensor.shape), path, start + tensor.storage_offset() * dtype.size, strides)
+    if stored.nbytes > size or stored.offset < 0 or stored.offset + stored.span > size:
+        raise Refused(f"{path}: `{name}` claims {stored.nbytes} bytes at {stored.offset}, the file has {size}", hint=_CONVERT)
+    return stored

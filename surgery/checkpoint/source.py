@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.files import PICKLED, locate
+from surgery.checkpoint.files import PICKLED, locate, small_text
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
@@ -63,7 +63,7 @@ class Source:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, None if there is no such file. Raises Refused if it is something else."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(small_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as problem:

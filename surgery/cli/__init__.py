@@ -26,7 +26,9 @@ COMMANDS = {
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "ops": "List operators, or explain one.",
     "schema": "Print the JSON Schema of recipes.",
+    "verify": "Hash an output again and compare it with its manifest.",
     "statistics": "Collect what merging by data needs: Gram matrices, Fisher information.",
+    "tune": "Fine-tune a checkpoint: whole, masked, adapted or averaged; a checkpoint or a delta comes out.",
 }
 
 

@@ -1,4 +1,4 @@
-"""surgery delta pack | inspect | verify | apply | compose"""
+"""surgery delta pack | inspect | verify | apply | compose | schema"""
 
 from __future__ import annotations
 
@@ -203,6 +203,14 @@ def compose_(packages: tuple[str, ...], base: str, out: str, fast: bool, quiet: 
 
 command.add_command(export_)
 command.add_command(import_)
+
+
+@command.command("schema")
+def schema_() -> None:
+    """Print the JSON Schema of a package's manifest."""
+    from surgery.delta.manifest import SCHEMA
+
+    print_json(SCHEMA)
 
 
 def _summary(made: Packed, quiet: bool) -> None:

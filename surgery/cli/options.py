@@ -25,6 +25,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--memory", metavar="SIZE", help="Bound on resident memory, like 4GB."),
             click.option("--threads", type=int, help="Workers; default the processors at hand."),
             click.option("--allow-nonfinite", is_flag=True, help="Carry NaN and infinities along instead of refusing."),
+            click.option("--durable", is_flag=True, help="End only when everything is on the disk: survives a power cut."),
             click.option("--profile", is_flag=True, help="Print where the time went."),
             click.option("--quiet", "-q", is_flag=True, help="No progress, no summary."),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -13,8 +14,9 @@ from surgery.cli.options import OUT, RECIPE, SET, run_options
 @RECIPE
 @OUT
 @SET
+@click.option("--verify", is_flag=True, help="First hash the inputs, where digests of them are known.")
 @run_options
-def command(recipe: str, out: str, overrides: tuple[str, ...], **options: Any) -> None:
+def command(recipe: str, out: str, overrides: tuple[str, ...], verify: bool, **options: Any) -> None:
     """Carry out RECIPE: stream the result to OUT in bounded memory.
 
     OUT appears when it is complete. A run that was killed goes on with --resume, to the same bytes.
@@ -27,4 +29,20 @@ def command(recipe: str, out: str, overrides: tuple[str, ...], **options: Any) -
     from surgery.cli.plan_ import planned
     from surgery.cli.progress import carry_out
 
-    carry_out(planned(recipe, overrides), out, **options)
+    plan = planned(recipe, overrides)
+    if verify:
+        _verify(plan, options["threads"], options["quiet"])
+    carry_out(plan, out, **options)
+
+
+def _verify(plan: Any, threads: int | None, quiet: bool) -> None:
+    """Hash what is known of the inputs; say of which nothing is."""
+    from surgery.cli.progress import bar
+    from surgery.engine.verify import verify_inputs
+
+    sources = [use.source for use in plan.uses]
+    with bar(sum(s.nbytes for s in sources), show=not quiet and sys.stderr.isatty()) as advance:
+        found = verify_inputs(sources, threads=threads, progress=advance)
+    for label, known in found.items() if not quiet else ():
+        said = {"manifest": "as its surgery.json says", "hub": "as the hub gave it"}
+        click.echo(f"{label}: {said.get(known, 'NOT VERIFIED: no digest of it is known')}", err=True)

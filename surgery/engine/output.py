@@ -10,11 +10,12 @@ from pathlib import Path
 
 from surgery.engine import journal
 from surgery.engine.render import amount
-from surgery.errors import Refused
+from surgery.errors import Failed, Refused
 
 PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
 LOCK = ".lock"
+_REPLACING = ".replacing"  # in the partial output: OUT.replaced is what we moved away, and ours to remove
 
 
 class Output:
@@ -29,6 +30,8 @@ class Output:
         self._check_inputs(inputs)
         if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
             raise Refused(f"{final}: already holds something", hint="choose another -o, or --overwrite to replace it whole")
+        if final.exists() and self._replaced.exists() and not (self.directory / _REPLACING).exists():
+            raise Refused(f"{self._replaced}: is in the way; the old output is moved there", hint="move it away")
         if resume and not self.directory.is_dir():
             raise Refused(f"{self.directory}: there is no unfinished run to resume", hint="run without --resume")
 
@@ -77,7 +80,7 @@ class Output:
 
     def _clear(self) -> None:
         for path in self.directory.iterdir():
-            if path.name != LOCK:
+            if path.name not in (LOCK, _REPLACING):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check_space(self, needed: int) -> None:
@@ -89,18 +92,22 @@ class Output:
                 f"{self.final}: needs {amount(needed)}, the disk has {amount(free)} free", hint="free some space first"
             )
 
-    def publish(self) -> None:
-        """Make the output visible at its place, whole, in one step; what was there before is removed after."""
-        old = self._replaced
+    def publish(self, *, durable: bool = False) -> None:
+        """Make the output visible at its place, whole, in one step; what was there before is removed after.
+
+        durable: everything beside the weights, and the rename, is on the disk when this returns.
+        """
+        if durable:
+            for path in (*self.directory.iterdir(), self.directory):
+                _sync(path)
         if self.final.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.final.rename(old)
+            _remove(self._replaced)  # of an earlier kill: `__init__` has seen to it that it is ours
+            (self.directory / _REPLACING).touch()
+            self.final.rename(self._replaced)
         self.directory.rename(self.final)
-        for scratch in (JOURNAL, LOCK):  # last, so that a kill at any moment leaves something that can be resumed or is whole
-            (self.final / scratch).unlink()
-        if old.exists():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if durable:
+            _sync(self.final.parent)
+        _tidy(self.final)
         self.release()
 
     def abandon(self) -> None:
@@ -113,3 +120,44 @@ class Output:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def settle(final: Path, token: str) -> bool:
+    """True if `final` is the whole output of a run of plan `token` that was killed after it had published it, before it had
+    removed its own traces; this removes them. Raises Refused if that run is still about to."""
+    if journal.plan_of(final / JOURNAL) != token:
+        return False
+    lock = os.open(final / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _tidy(final)
+    except BlockingIOError:
+        raise Refused(f"{final}: another run is writing it", hint="wait for it, or choose another -o") from None
+    finally:
+        os.close(lock)
+    return True
+
+
+def _tidy(final: Path) -> None:
+    """Remove what a published output replaced and what it was made with. The journal goes last: until then `settle` can."""
+    if (final / _REPLACING).exists():
+        _remove(final.with_name(final.name + ".replaced"))
+    for scratch in (_REPLACING, LOCK, JOURNAL):
+        (final / scratch).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as problem:
+        raise Failed(f"{path}: cannot be written: {problem.strerror}", hint="run again with --resume once it can") from None
+    finally:
+        os.close(fd)

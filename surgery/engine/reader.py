@@ -21,13 +21,24 @@ class _Handle:
     """An open file; closed when nobody uses it any more."""
 
     def __init__(self, path: str, expected: FileState) -> None:
+        self._path, self._expected = path, expected
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as problem:
             raise Failed(f"{path}: cannot be read: {problem.strerror}") from None
-        state = os.fstat(self.fd)
-        if (state.st_size, state.st_mtime_ns) != (expected.size, expected.mtime_ns):
-            raise Failed(f"{path}: changed since it was opened", hint="plan again; do not write to inputs during a run")
+        self.check()
+
+    def check(self) -> None:
+        """Raises Failed if the file is not what it was when its header was read."""
+        try:
+            state = os.fstat(self.fd)
+        except OSError as problem:
+            raise Failed(f"{self._path}: cannot be read: {problem.strerror}") from None
+        if (state.st_size, state.st_mtime_ns) != (self._expected.size, self._expected.mtime_ns):
+            raise Failed(
+                f"{self._path}: changed since it was opened",
+                hint="do not write to inputs during a run; --overwrite starts afresh with what is there now",
+            )
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -58,7 +69,10 @@ class Reader:
             try:
                 got = os.preadv(handle.fd, [view[done:]], offset + done)
             except OSError as problem:
-                raise Failed(f"{stored.path}: reading `{stored.name}` failed: {problem.strerror}") from None
+                raise Failed(
+                    f"{stored.path}: reading `{stored.name}` failed: {problem.strerror}",
+                    hint="run again with --resume once it can be read",
+                ) from None
             if got == 0:
                 raise Failed(f"{stored.path}: ends inside `{stored.name}`: the file was truncated while it was used")
             done += got
@@ -69,7 +83,7 @@ class Reader:
             if handle is None:
                 handle = self._open[path] = _Handle(path, self._files[path])
                 if len(self._open) > _MAX_OPEN:
-                    self._open.popitem(last=False)
+                    self._open.popitem(last=False)[1].check()
             else:
                 self._open.move_to_end(path)
             return handle
@@ -89,6 +103,12 @@ class Reader:
         with self._lock:
             self._strided = (stored, made)
         return made
+
+    def check(self) -> None:
+        """Raises Failed if a file that was read from was written to meanwhile: what was made of it may be of both contents."""
+        with self._lock:
+            for handle in self._open.values():
+                handle.check()
 
     def close(self) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from surgery.checkpoint.layout import parse_size
 from surgery.checkpoint.sidecar import copy_sidecars, write_json
-from surgery.checkpoint.source import Source, read_json
+from surgery.checkpoint.source import Source
 from surgery.checkpoint.writer import Writer
 from surgery.engine.card import model_card
 from surgery.engine.digest import SCHEME, combine, piece_digests
@@ -23,14 +24,15 @@ from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
 from surgery.engine.jobs import ClaimPhase, WritePhase, measured
 from surgery.engine.journal import Journal
-from surgery.engine.output import JOURNAL, Output
+from surgery.engine.output import JOURNAL, Output, settle
 from surgery.engine.pieces import pieces
 from surgery.engine.plan import Plan, Program
 from surgery.engine.price import KERNELS_PAY, peak_memory
 from surgery.engine.profile import Profile
 from surgery.engine.reader import Reader
 from surgery.engine.render import amount
-from surgery.errors import Refused, SurgeryError
+from surgery.engine.verify import MANIFEST, known_digests, sidefiles
+from surgery.errors import Failed, Refused
 from surgery.graph.expr import Agree
 from surgery.ops import fast
 from surgery.version import __version__
@@ -62,12 +64,14 @@ def run(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     profile: bool = False,
+    durable: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write the checkpoint that `plan` describes to directory `out`.
 
     memory: bound on resident memory, such as "4GB". threads: workers, default the processors at hand. allow_nonfinite: carry
-    NaN and infinities along instead of refusing them. Raises Refused (nothing is left behind) or Failed (resumable).
+    NaN and infinities along instead of refusing them. durable: return only when everything is on the disk, so that not even a
+    power cut takes it. Raises Refused (nothing is left behind) or Failed (resumable).
     """
     began = time.perf_counter()
     workers, room = _workers(plan, memory, threads)
@@ -75,23 +79,35 @@ def run(
         fast.load()
     final = Path(out)
     inputs = [_place(u.source) for u in plan.uses]
+    if resume and settle(final, plan.token):
+        return _report(plan, final, len(plan.programs), began, None)
     target = Output(final, inputs, resume=resume, overwrite=overwrite)
     going_on = target.claim(plan.token, resume=resume)
     meter = Profile() if profile else None
     try:
         target.check_space(plan.layout.size)
-        done, resumed = _stream(plan, target, going_on, workers, room, allow_nonfinite, meter, progress or (lambda n: None))
-        _finish(plan, target.directory, done)
-        target.publish()
+        resumed = _stream(
+            plan, target, going_on, workers, room, allow_nonfinite, meter, progress or (lambda n: None), durable
+        )
+        target.publish(durable=durable)
     except Refused:
         target.release() if going_on else target.abandon()
         raise
+    except OSError as problem:  # of what is done beside the weights: those name their tensor
+        target.release()
+        raise Failed(
+            f"{problem.filename or target.directory}: {problem.strerror or problem}",
+            hint="run again with --resume once it can be read and written",
+        ) from None
     except BaseException:
         target.release()
         raise
-    peak = _peak_memory()
+    return _report(plan, final, resumed, began, meter)
+
+
+def _report(plan: Plan, final: Path, resumed: int, began: float, meter: Profile | None) -> Report:
     seconds = time.perf_counter() - began
-    return Report(final, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak, meter)
+    return Report(final, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, _peak_memory(), meter)
 
 
 def _peak_memory() -> int:
@@ -135,13 +151,17 @@ def _stream(
     lenient: bool,
     meter: Profile | None,
     progress: Progress,
-) -> tuple[dict[str, str], int]:
-    """Compute and write everything that is not done yet. Returns every digest, and how many tensors
-    an earlier run had finished."""
-    writer = Writer(target.directory, plan.layout, fresh=not going_on)
-    journal = Journal(target.directory / JOURNAL, plan.token, resume=going_on)
+    durable: bool,
+) -> int:
+    """Compute and write everything that is not done yet, then what goes beside it. Returns how many tensors an earlier run
+    had finished."""
+    writer = Writer(target.directory, plan.layout, fresh=not going_on, sealed=False)
     reader = Reader(plan.files)
-    try:
+    with ExitStack() as stack:
+        stack.callback(writer.close)
+        stack.callback(reader.close)
+        journal = Journal(target.directory / JOURNAL, plan.token, resume=going_on)
+        stack.callback(journal.close)
         left = [p for p in plan.programs if not _verified(p, journal.done, writer, progress)]
         digests = {id(u.source): found for u in plan.uses if (found := known_digests(u.source))}
         by_path = {path: digests[id(u.source)] for u in plan.uses if id(u.source) in digests for path in u.source.files}
@@ -166,11 +186,10 @@ def _stream(
             executor.run(Job(partial(measured, [m], wide, lenient, None)) for m in measures[:-1])
             executor.run([Job(partial(measured, measures[-1:], wide, lenient, None))])
         executor.run(_jobs(plan, left, write, wide, lenient))
-        return dict(journal.done), len(plan.programs) - len(left)
-    finally:
-        journal.close()
-        reader.close()
-        writer.close()
+        reader.check()
+        _finish(plan, target.directory, dict(journal.done))
+        writer.seal(durable=durable)
+        return len(plan.programs) - len(left)
 
 
 def _jobs(
@@ -205,19 +224,6 @@ def _verified(program: Program, done: dict[str, str], writer: Writer, progress: 
     return True
 
 
-def known_digests(source: Source) -> dict[str, str]:
-    """Digests of a source's tensors from the surgery.json that lies beside weights made here."""
-    if source.directory is None:
-        return {}
-    try:
-        found = read_json(source.directory / "surgery.json")
-    except SurgeryError:
-        return {}
-    if not found or found.get("digests") != SCHEME or not isinstance(found.get("tensors"), dict):
-        return {}
-    return {str(k): str(v) for k, v in found["tensors"].items()}
-
-
 def _finish(plan: Plan, directory: Path, digests: dict[str, str]) -> None:
     """Everything that makes the weights a model."""
     donor = plan.donor
@@ -237,10 +243,10 @@ def _finish(plan: Plan, directory: Path, digests: dict[str, str]) -> None:
     if plan.settings.recipe:
         (directory / "surgery.yaml").write_text(plan.settings.recipe, "utf-8")
     (directory / "README.md").write_text(model_card(plan), "utf-8")
-    write_json(directory / "surgery.json", _manifest(plan, digests))
+    write_json(directory / MANIFEST, _manifest(plan, digests, sidefiles(directory, plan.layout)))
 
 
-def _manifest(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
+def _manifest(plan: Plan, digests: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
     return {
         "surgery": __version__,
         "inputs": [
@@ -250,4 +256,5 @@ def _manifest(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         ],
         "digests": SCHEME,
         "tensors": {p.name: digests[p.name] for p in plan.programs},
+        "files": files,
     }

@@ -12,7 +12,7 @@ from surgery.checkpoint.dtypes import DType, float_dtype
 from surgery.checkpoint.structure import Tower, layers_renamed
 from surgery.errors import did_you_mean
 from surgery.graph.expr import Expr, Mapped, Rounded
-from surgery.graph.node import Node
+from surgery.graph.node import Everywhere, Node
 from surgery.graph.values import matches
 
 
@@ -53,7 +53,8 @@ class SelectNode(EditNode):
 
     @cached_property
     def left_out(self) -> set[str]:
-        return set(self.inputs[0].left_out) | (self.inputs[0].tensors.keys() - self.tensors.keys())
+        below = self.inputs[0].left_out
+        return below if isinstance(below, Everywhere) else set(below) | (self.inputs[0].tensors.keys() - self.tensors.keys())
 
     @property
     def text(self) -> str:
@@ -86,6 +87,8 @@ class RenameNode(EditNode):
     @cached_property
     def left_out(self) -> set[str]:
         names = self.names
+        if isinstance(self.inputs[0].left_out, Everywhere):
+            return self.inputs[0].left_out
         return {names.get(n, n) if isinstance(names, Mapping) else names(n) for n in self.inputs[0].left_out}
 
     @property
@@ -193,6 +196,8 @@ class LayersNode(EditNode):
     @cached_property
     def left_out(self) -> set[str]:
         below = self.inputs[0].left_out
+        if isinstance(below, Everywhere):
+            return below
         renamed = layers_renamed([*self.inputs[0].tensors, *sorted(below)], self.tower, self.keep)
         return {new for new, old in renamed.items() if old in below}
 

@@ -19,6 +19,13 @@ from surgery.errors import Refused
 from surgery.graph.expr import Agree, Expr, Read
 
 
+class Everywhere(set[str]):
+    """All names: a delta without a base is zero wherever it has no tensor."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 class Node:
     """Base. label: the step's name in a recipe, else generated. where: parameter or "" -> `file:line:col` for messages."""
 
@@ -46,8 +53,11 @@ class Node:
 
     @cached_property
     def left_out(self) -> set[str]:
-        """Tensors that a select or drop here or below left out on purpose."""
-        return {name for node in self.inputs for name in node.left_out}
+        """Tensors that a select or drop here or below left out on purpose; all others, where every input is an adapter."""
+        below = [node.left_out for node in self.inputs]
+        if below and all(isinstance(names, Everywhere) for names in below):
+            return Everywhere()
+        return {name for names in below for name in names}
 
     @property
     def config(self) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from surgery.errors import Refused, did_you_mean
 
 Path_ = tuple[Any, ...]
 _MAX_NODES = 100_000  # a recipe is small; aliases can make a small file enormous
+_MAX_BYTES = 2_000_000  # parsing takes some hundred times the memory
+_WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)  # of PyYAML, for values like 2024-13-45
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -24,17 +26,26 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_text(path: Path) -> str:
+    """The text of a recipe. Raises Refused."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise Refused(f"{path}: larger than {_MAX_BYTES} bytes: not a recipe")
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise Refused(f"{path}: not a text file") from None
+    except OSError as problem:
+        raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+
+
 class Document:
     """`data` is what the file says; `place(path)` is `file:line:col` of the value at a path of keys and indices."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise Refused(f"{path}: not a text file") from None
-        except OSError as problem:
-            raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+        self.text = read_text(path)
         self._places: dict[Path_, tuple[int, int]] = {}
         self._count = 0
         loader = _Loader(self.text)
@@ -60,7 +71,7 @@ class Document:
         if isinstance(node, yaml.MappingNode):
             made: dict[Any, Any] = {}
             for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
+                key = self._value(loader, key_node)
                 at = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
                 if not isinstance(key, str | int | float | bool):
                     raise Refused(f"{self.path}:{at[0]}:{at[1]}: a key must be plain text")
@@ -72,7 +83,15 @@ class Document:
             return made
         if isinstance(node, yaml.SequenceNode):
             return [self._build(loader, n, (*path, i), above) for i, n in enumerate(node.value)]
-        return loader.construct_object(node, deep=True)
+        return self._value(loader, node)
+
+    def _value(self, loader: Any, node: yaml.Node) -> Any:
+        try:
+            return loader.construct_object(node, deep=True)
+        except _WRONG:
+            mark = node.start_mark
+            what = f"`{str(node.value)[:60]}` is not what it looks like ({node.tag.rpartition(':')[2]})"
+            raise Refused(f"{self.path}:{mark.line + 1}:{mark.column + 1}: {what}", hint="quote it if it is text") from None
 
     def place(self, *path: Any) -> str:
         """`file:line:col` of the key or item at `path`, or of the nearest thing above it that is in the file."""
@@ -111,7 +130,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     loader = _Loader(value)
     try:
         return key.strip(), loader.get_single_data()
-    except yaml.YAMLError:
-        raise Refused(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, RecursionError, *_WRONG):
+        raise Refused(f"--set {text[:200]}: the value is not valid YAML") from None
     finally:
         loader.dispose()

@@ -176,7 +176,7 @@ def test_adapters_are_deltas_for_every_operator(step: str, tmp_path: Path) -> No
     write_adapter(tmp_path / "a", pairs(1))
     write_adapter(tmp_path / "b", pairs(2, targets=("mlp.up_proj",)))
     models = ("base", "a", "b") if "b]" in step else ("base", "a")
-    text = f"task: {step}\nout: {{op: add, of: [base, task], missing: keep}}"
+    text = f"task: {step}\nout: {{op: add, of: [base, task]}}"
     run(recipe(tmp_path, text, models=models), tmp_path / "out")
     before, after = llama_tensors(0), read_checkpoint(tmp_path / "out")
     assert {n for n in before if before[n].tobytes() != after[n].tobytes()} == set(dense(pairs(1)))

@@ -104,6 +104,11 @@ def test_lossy_packages(models, tmp_path, how):
         assert all(t["error"]["bound"] <= 2e-4 for t in view["tensors"] if t["error"])
 
 
+def test_the_schema_is_printed():
+    done = surgery("delta", "schema")
+    assert json.loads(done.stdout)["properties"]["spec"] == {"const": 1}
+
+
 def test_codecs_are_listed(models):
     done = surgery("delta", "pack", "--base", "x", "--model", "y", "-o", "z", "--codec", "list")
     assert done.returncode == 0 and "dither/1" in done.stdout and "max_error" in done.stdout

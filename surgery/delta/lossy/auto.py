@@ -8,9 +8,9 @@ Only codecs whose error is unbiased compete here (`dither`, and `sparse` without
 add up, which those of codecs that shrink are not (a low-rank truncation of half the squared error does twenty times the harm).
 
 The rate of a tensor at a step is measured on a sample; its squared error is n step^2 / 12. The sum of weight * error is
-minimised under the budget: per tensor the lower convex hull of (bytes, error) over a grid of steps, then the steepest segments
-of all tensors first, which is optimal up to the last segment. Options come out as `bits`, which `dither` never exceeds, so the sum
-never exceeds the budget.
+minimised under the budget: per tensor the lower convex hull of (bytes, error) over a grid of steps, then the steepest
+segments of all tensors first, which is optimal up to the last segment. Options come out as `bits`, which `dither` never
+exceeds, so the sum never exceeds the budget.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Dither(Codec):
 
     def _within(self, x: Array, key: str, bits: float, seed: int, largest: float) -> Parts:
         """The smallest step whose code fits, within 2 %. Where none fits (few elements), the step is the largest magnitude."""
-        step_for, aim, best = self._search(x, key, seed, largest), bits, None
+        step_for, aim, best = self._search(x, key, seed, largest), 0.992 * bits, None
         for _ in range(5):
             step = step_for(aim)
             parts, facts = self._at(x, key, step, seed, largest)

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from surgery.delta.lossy import rans
-from surgery.delta.lossy.common import Array
+from surgery.delta.lossy.common import CHUNK, Array
 from surgery.delta.lossy.memo import recent
 
 _DIRECT = 16
@@ -61,7 +61,10 @@ def cost(counts: Array, size: int) -> float:
     tables = rans.Tables.fit(counts)
     width = np.concatenate([np.zeros(_DIRECT), np.repeat(np.arange(2, 62), 4)])[:256]
     body = tables.bits(counts) + float((counts.sum(axis=0) * width).sum())
-    return 1.02 * body * (size / max(1, int(counts.sum()))) + 7.0 * np.count_nonzero(counts) + 250.0
+    body *= size / max(1, int(counts.sum()))
+    parts = max(1, -(-size // CHUNK))
+    lanes = rans.lanes_for(min(size, CHUNK), body / parts)
+    return body + parts * (24.0 * lanes + 80.0) + 7.0 * np.count_nonzero(counts) + 170.0
 
 
 def pack(blocks: Sequence[Block], contexts: int) -> Packed:

@@ -1,0 +1,32 @@
+"""Evaluating and searching: models against tasks, without writing a model for every trial."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.lab.bootstrap import Estimate, Settings
+    from surgery.lab.evaluation import Report, Result, evaluate
+    from surgery.lab.path import Barrier, barrier
+    from surgery.lab.resident import Resident
+    from surgery.lab.sequence import Forgetting, forgetting
+    from surgery.lab.search import sweep
+    from surgery.lab.tasks import Task, make_task, read_tasks
+    from surgery.lab.together import beside
+
+_HOME = {
+    "Barrier": "path", "Estimate": "bootstrap", "Forgetting": "sequence", "Report": "evaluation", "Resident": "resident",
+    "Result": "evaluation", "Settings": "bootstrap", "Task": "tasks", "barrier": "path", "beside": "together",
+    "evaluate": "evaluation", "forgetting": "sequence", "make_task": "tasks", "read_tasks": "tasks", "sweep": "search",
+}  # fmt: skip
+__all__ = [
+    "Barrier", "Estimate", "Forgetting", "Report", "Resident", "Result", "Settings", "Task", "barrier", "beside", "evaluate",
+    "forgetting", "make_task", "read_tasks", "sweep",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'surgery.lab' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"surgery.lab.{_HOME[name]}"), name)

@@ -1,0 +1,73 @@
+"""Several models on the same tasks: beside one another, and as an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgery.errors import Refused
+from surgery.lab.bootstrap import Settings
+from surgery.lab.evaluation import Evaluator, Report, measures_of, name_of
+from surgery.lab.outcome import Labelled, Outcome, ensemble
+from surgery.lab.resident import Resident
+
+
+def beside(
+    models: Sequence[Any] | Mapping[str, Any],
+    tasks: Any,
+    *,
+    split: str = "test",
+    reference: Any = None,
+    ensemble_of: Sequence[str] = (),
+    resident: Resident | None = None,
+    settings: Settings | None = None,
+) -> list[Report]:
+    """Evaluate several models on the same tasks, resampled alike.
+
+    models: as `evaluate` takes them; a map names them. ensemble_of: names of models whose averaged logits are reported as one
+    more model, `ensemble`: the upper mark that a merge of their weights aims at. reference: as in `evaluate`.
+    """
+    named = dict(models) if isinstance(models, Mapping) else _named(models)
+    evaluator = Evaluator(tasks, resident=resident, settings=settings)
+    lost = [n for n in ensemble_of if n not in named]
+    if lost:
+        raise Refused(f"`{lost[0]}` is not one of the models", hint=f"they are {', '.join(named)}")
+    known = None
+    if reference is not None:
+        known = evaluator.outcomes(reference, {t.name: split for t in evaluator.tasks})
+    wanted = {t.name: measures_of(t, split, known is not None) for t in evaluator.tasks}
+    splits = {
+        t.name: f"validation+{split}" if any(m.needs == "validation" for m in wanted[t.name]) else split for t in evaluator.tasks
+    }
+    reports, kept = [], {}
+    for name, model in named.items():
+        kept[name] = evaluator.outcomes(model, splits, name)
+        reports.append(evaluator.judged(name, kept[name], wanted, split, known))
+    if ensemble_of:
+        joint = _ensemble([kept[n] for n in ensemble_of])
+        with_labels = {t: m for t, m in wanted.items() if (t, split) in joint}
+        if not with_labels:
+            raise Refused("none of the tasks has labels: there are no logits to average", hint="leave out --ensemble")
+        reports.append(evaluator.judged("ensemble", joint, with_labels, split, known))
+    return reports
+
+
+def _ensemble(members: Sequence[Mapping[Any, Outcome]]) -> dict[Any, Outcome]:
+    made: dict[Any, Outcome] = {}
+    for key in members[0]:
+        outcomes = [m[key] for m in members]
+        labelled = [o for o in outcomes if isinstance(o, Labelled)]
+        if len(labelled) == len(outcomes):
+            made[key] = ensemble(labelled)
+    return made
+
+
+def _named(models: Sequence[Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for model in models:
+        name = base = name_of(model)
+        number = 2
+        while name in made:
+            name, number = f"{base} ({number})", number + 1
+        made[name] = model
+    return made

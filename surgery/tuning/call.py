@@ -1,0 +1,98 @@
+"""Fine-tuning from Python: any torch module, any dataset."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.errors import Failed, Refused
+from surgery.tuning.fit import Given, fit
+from surgery.tuning.settings import read_settings
+from surgery.tuning.trainer import Diverged, Progress
+
+
+@dataclass
+class Tuned:
+    """model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
+    trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
+    history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the validation
+    figures of the result, averages included."""
+
+    model: Any
+    trained: list[str]
+    entries: int
+    total: int
+    history: list[dict[str, float]]
+    final: dict[str, float]
+    masks: dict[str, Any]
+
+
+def tune(
+    model: Any,
+    dataset: Any,
+    *,
+    validation: Any = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
+    metrics: Callable[[Any], Mapping[str, float]] | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Fine-tune `model` in place on `dataset`, by the settings of a tune file: `method="half"`, `average={"ema": {…}}`, `lr=1e-3`…
+
+    model: a torch module in float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the
+    model's arguments, or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not
+    return their loss. metrics: of transformers' EvalPrediction. folder: where states are saved, so that `resume` can go on from
+    the last one; without it none are. progress: called with (step, steps, loss).
+
+    Raises Refused for settings and data that cannot be used, Failed when a loss is not finite: the model then holds the
+    weights from before that step.
+    """
+    read = read_settings(settings, lambda *path: "tune(" + ".".join(map(str, path)) + ")")
+    pairs = len(dataset) > 0 and not isinstance(dataset[0], Mapping)
+    if pairs and loss is None:
+        raise Refused("tune: items are pairs (input, label); give a loss", hint="loss=torch.nn.functional.cross_entropy")
+    wrong = [n for n, p in model.named_parameters() if p.dtype not in (torch.float32, torch.float64)]
+    if wrong:
+        raise Refused(f"tune: `{wrong[0]}` is {next(iter(model.parameters())).dtype}; training counts in float32",
+                      hint="model.float()")  # fmt: skip
+    if resume and folder is None:
+        raise Refused("tune: there is nothing to resume without a folder")
+    given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics,
+                  around=None if loss is None else lambda inner: Supervised(inner, loss))  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)
+        except Diverged as problem:
+            raise Failed(f"tune: stopped: {problem}; the model holds the weights from before it",
+                         hint="a lower lr, or warmup") from None  # fmt: skip
+    return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks)
+
+
+class Supervised(torch.nn.Module):
+    """A module with its loss, called as the Trainer calls models."""
+
+    def __init__(self, module: Any, loss: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+
+    def forward(self, labels: Any = None, inputs: Any = None, **named: Any) -> dict[str, Any]:
+        made = self.module(**named) if inputs is None else self.module(inputs)
+        return {"loss": self._loss(made, labels), "logits": made} if labels is not None else {"logits": made}
+
+    def get_input_embeddings(self) -> Any:
+        return self.module.get_input_embeddings()
+
+
+def stacked_pairs(items: Sequence[Any]) -> dict[str, Any]:
+    """Pairs (input, label) as tensors `inputs` and `labels`."""
+    inputs = torch.stack([torch.as_tensor(x) for x, _ in items])
+    return {"inputs": inputs, "labels": torch.stack([torch.as_tensor(y) for _, y in items])}

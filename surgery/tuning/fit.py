@@ -1,0 +1,197 @@
+"""A training run from settings: what is trained, with what around it, in one or two phases; and what came out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from surgery.errors import Refused
+from surgery.tuning import methods
+from surgery.tuning.averages import KINDS
+from surgery.tuning.masks import Masks
+from surgery.tuning.parts import Parts
+from surgery.tuning.regularise import Mixout, Pull
+from surgery.tuning.settings import Settings
+from surgery.tuning.tasks import quiet
+from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
+
+
+@dataclass
+class Fitted:
+    """model: trained, in place (with an adapter around it for lora). trained: names of parameters that were; entries: how many
+    numbers that is, of `total`. history: one dict per pass over the data; phases: the same of phases before the last."""
+
+    model: Any
+    trained: list[str]
+    entries: int
+    total: int
+    history: list[dict[str, float]]
+    phases: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+    masks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Given:
+    """The model and data of a run. around: makes of the model what the Trainer calls, which returns a loss."""
+
+    model: Any
+    train: Any
+    validation: Any
+    collate: Any
+    metrics: Any = None
+    new: Collection[str] = ()
+    kind: str | None = None  # peft's word for the task
+    around: Callable[[Any], Any] | None = None
+
+    @property
+    def run(self) -> Any:
+        return self.model if self.around is None else self.around(self.model)
+
+
+def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: bool, progress: Progress | None) -> Fitted:
+    """Train. folder: for saved states. Raises Refused before the first step, Diverged after a loss that is not finite."""
+    if len(given.train) == 0:
+        raise Refused("there are no examples to train on")
+    if settings.method == "lora":
+        given.model = methods.adapted(given.model, settings.options, given.kind)
+    if settings.regularise.get("neftune") and not hasattr(given.model, "get_input_embeddings"):
+        raise Refused(f"regularise.neftune: {type(given.model).__name__} has no token embeddings")
+    parts = Parts(given.model, given.new)
+    if settings.method != "lora":
+        trained = methods.trained_by(parts, settings)
+        for name, p in parts.parameters.items():
+            p.requires_grad_(name in trained)
+    names = [n for n, p in parts.parameters.items() if p.requires_grad]
+    if not names:
+        raise Refused(f"method: {settings.method}: the model has nothing of that kind to train")
+    with quiet():
+        masks: dict[str, Any] | None = None
+        phases = {}
+        if settings.method == "lt_sft":
+            masks, phases["choosing"] = _far(given, parts, settings, folder, save=save, resume=resume, progress=progress)
+        tuner = _tuner(given, parts, settings, folder, save=save, progress=progress)
+        at = last_whole(folder) if resume else None
+        _equip(tuner, given, settings, masks, resumed=at is not None)
+        set_seed(settings.seed)
+        tuner.train(resume_from_checkpoint=at)
+        changed = tuner.average is not None and tuner.average.finish()
+        if changed:
+            _renew_batch_norms(tuner)
+        final = {}
+        if given.validation is not None:
+            history = [dict(h) for h in tuner.history]
+            final = measured(tuner.evaluate())
+            tuner.history = history
+    kept = tuner.masks
+    masked = set(kept.names) if kept is not None else set()
+    entries = sum(parts.parameters[n].numel() for n in names if n not in masked) + (kept.entries() if kept is not None else 0)
+    return Fitted(
+        given.model, names, entries, sum(p.numel() for p in parts.parameters.values()), tuner.history, phases, final,
+        kept.state() if kept is not None else {},
+    )  # fmt: skip
+
+
+def _tuner(given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, progress: Progress | None) -> Tuner:
+    runs = settings.average_options["runs"] if settings.average == "stock" else 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for broken in folder.glob("checkpoint-*"):
+        if not (broken / WHOLE).exists():
+            shutil.rmtree(broken)
+    return Tuner(
+        given.run, parts, settings, passes=settings.epochs * runs, folder=folder, save=save, progress=progress,
+        train_dataset=given.train, eval_dataset=given.validation, data_collator=given.collate, compute_metrics=given.metrics,
+    )  # fmt: skip
+
+
+def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any] | None, *, resumed: bool) -> None:
+    """Everything around the updates. The model has its base values, and is on its device."""
+    parts, extra = tuner.parts, settings.regularise
+    old = {n: p for n, p in tuner.trained.items() if n not in parts.new}
+    if extra.get("l2_sp"):
+        tuner.pull = Pull(old, extra["l2_sp"])
+    if extra.get("mixout"):
+        tuner.mixout = Mixout(parts.model, old, extra["mixout"])
+        if not len(tuner.mixout):
+            raise Refused("regularise.mixout: no linear or convolution layer that came with the base is trained")
+    if settings.average is not None:
+        tuner.average = KINDS[settings.average](tuner.trained, **settings.average_options)
+    if settings.method in ("lt_sft", "lift", "sara", "spt"):
+        tuner.masks = Masks(parts.parameters)
+        if settings.method == "lift":
+            tuner.renew = methods.Principal(parts, tuner.masks, settings.options)
+        elif settings.method == "sara":
+            masks = methods.small(parts, settings.options["threshold"])
+        elif settings.method == "spt" and not resumed:
+            masks = methods.sensitive(parts, lambda: _gradients(tuner, settings.options["batches"]), settings.options["density"])
+        for name, mask in (masks or {}).items():
+            tuner.masks.set(name, mask)
+
+
+def _gradients(tuner: Tuner, batches: int) -> Iterator[None]:
+    """One batch after the other, its gradient left in the parameters."""
+    set_seed(tuner.settings.seed)
+    model = tuner.model
+    model.train()
+    for i, inputs in enumerate(tuner.get_train_dataloader()):
+        if i == batches:
+            break
+        model.zero_grad()
+        tuner.compute_loss(model, tuner._prepare_inputs(inputs)).backward()
+        yield
+    model.zero_grad()
+
+
+def _far(
+    given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, resume: bool, progress: Progress | None
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The first phase of LT-SFT: a full run that chooses entries; then everything is as before it."""
+    chosen = folder / "chosen.pt"
+    if resume and chosen.exists():
+        saved = torch.load(chosen, weights_only=True)
+        return saved["masks"], saved["history"]
+    start = {n: p.detach().clone() for n, p in parts.parameters.items()}
+    buffers = {n: b.detach().clone() for n, b in parts.model.named_buffers()}
+    epochs = settings.options.get("epochs") or settings.epochs
+    first = replace(settings, method="full", options=None, average=None, average_options={}, epochs=epochs)
+    tuner = _tuner(given, parts, first, folder / "choosing", save=save, progress=progress)
+    at = last_whole(folder / "choosing") if resume else None
+    _equip(tuner, given, first, None, resumed=at is not None)
+    set_seed(settings.seed)
+    tuner.train(resume_from_checkpoint=at)
+    start = {n: v.to(parts.parameters[n].device) for n, v in start.items()}
+    masks = methods.far(parts, tuner.trained, start, settings.options["density"])
+    with torch.no_grad():
+        for name, p in parts.parameters.items():
+            p.copy_(start[name])
+        for name, b in parts.model.named_buffers():
+            b.copy_(buffers[name])
+    parts.model.zero_grad()
+    if save:
+        torch.save({"masks": masks, "history": tuner.history}, chosen.with_suffix(".partial"))
+        chosen.with_suffix(".partial").replace(chosen)
+    return masks, tuner.history
+
+
+def _renew_batch_norms(tuner: Tuner) -> None:
+    """Running statistics of batch norms belong to the weights before averaging: measured anew in one pass over the data."""
+    norms = [m for m in tuner.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    was = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean over batches
+    tuner.model.train()
+    with torch.no_grad():
+        for inputs in tuner.get_train_dataloader():
+            tuner.compute_loss(tuner.model, tuner._prepare_inputs(inputs))
+    for m, momentum in zip(norms, was, strict=True):
+        m.momentum = momentum
+

@@ -1,0 +1,126 @@
+"""What a tune file may say: methods, averages and everything else, with their types, limits and defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+
+def _map(properties: dict[str, Schema], required: list[str] | None = None) -> Schema:
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": required or []}
+
+
+def _number(about: str, *, default: Any = None, above: float | None = None, low: float | None = None, high: float | None = None,
+            below: float | None = None) -> Schema:  # fmt: skip
+    made: Schema = {"type": "number", "description": about}
+    limits = {"exclusiveMinimum": above, "minimum": low, "maximum": high, "exclusiveMaximum": below, "default": default}
+    return made | {k: v for k, v in limits.items() if v is not None}
+
+
+def _count(about: str, *, default: int | None = None, low: int = 1) -> Schema:
+    made: Schema = {"type": "integer", "minimum": low, "description": about}
+    return made if default is None else made | {"default": default}
+
+
+_DENSITY = _number("Share of the entries that are trained.", default=0.05, above=0, high=1)
+
+METHODS: dict[str, Schema] = {
+    "full": {"const": None, "description": "Every tensor."},
+    "lora": {"type": "object", "description": "An adapter by peft; keys are those of its config. `peft_type` for others than LORA."},
+    "head": {"const": None, "description": "What comes after the model proper: the classifier, the language model's head."},
+    "last": _count("The last k blocks, and what comes after them."),
+    "frozen": _count("Everything but the embeddings and the first k blocks."),
+    "bitfit": {"const": None, "description": "Biases, and a new head."},
+    "half": _map({"seed": {"type": "integer", "description": "Of the draw; default: `seed`."}}),
+    "lt_sft": _map(
+        {
+            "density": _DENSITY,
+            "epochs": _number("Of the first, full run that chooses the entries; default: `epochs`.", above=0),
+            "norms": {"type": "boolean", "default": False, "description": "Let norms be trained as well."},
+        }
+    ),
+    "lift": _map(
+        {
+            "rank": _count("Of the approximation whose largest entries are trained.", default=32),
+            "density": _DENSITY,
+            "budget": _count("Instead of density: as many entries of a matrix as LoRA of this rank has numbers."),
+            "every": _count("Steps between new choices.", default=200),
+        }
+    ),
+    "sara": _map({"threshold": _number("Entries smaller than this are trained.", default=1e-3, above=0)}),
+    "spt": _map({"density": _DENSITY, "batches": _count("Batches that squared gradients are summed over.", default=16)}),
+}
+
+AVERAGES: dict[str, Schema] = {
+    "ema": _map({"decay": _number("Weight of the average in each step.", default=0.999, low=0, below=1)}),
+    "swa": _map(
+        {
+            "start": _number("Share of the training after which averaging starts.", default=0.5, low=0, below=1),
+            "every": _count("Steps between two states; default: the ends of epochs."),
+        }
+    ),
+    "stock": _map({"runs": _count("Models trained side by side, merged after every epoch.", default=2, low=2)}),
+    "elastic": _map(
+        {
+            "decay": _number("Of the moving average.", default=0.995, low=0, below=1),
+            "every": _count("Steps between resets.", default=260),
+            "reset_optimizer": {"type": "boolean", "default": True, "description": "Drop the optimizer's moments with it."},
+        }
+    ),
+}
+
+REGULARISE: Schema = _map(
+    {
+        "l2_sp": _number("Pull towards the base: adds this times the squared distance to the loss.", low=0),
+        "mixout": _number("Chance that a weight is the base's own in a step.", low=0, below=1),
+        "neftune": _number("Noise on the embeddings: alpha.", above=0),
+        "label_smoothing": _number("Share of the label that is spread over all classes.", low=0, below=1),
+        "clip": _number("Norm that the gradient of all tensors together is clipped to; 0: never.", default=1.0, low=0),
+        "clip_each": _number("Norm that the gradient of each tensor is clipped to, instead.", above=0),
+    }
+)
+
+TASKS: dict[str, Schema] = {
+    "classification": _map(
+        {
+            "kind": {"const": "classification"},
+            "train": {"type": "string"},
+            "validation": {"type": "string"},
+            "text": {"type": "string", "default": "text", "description": "Column of the text."},
+            "pair": {"type": "string", "description": "Column of a second text."},
+            "label": {"type": "string", "default": "label", "description": "Column of the label."},
+            "length": _count("Tokens that a text is cut to."),
+        },
+        ["kind", "train"],
+    ),
+    "causal": _map(
+        {
+            "kind": {"const": "causal"},
+            "train": {"type": "string"},
+            "validation": {"type": "string"},
+            "completion_only": {"type": "boolean", "default": False, "description": "No loss on the prompt."},
+            "length": _count("Tokens of an example."),
+        },
+        ["kind", "train"],
+    ),
+}
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+SETTINGS: dict[str, Schema] = {
+    "layer_decay": _number("Factor on the learning rate for every block further from the output.", above=0, high=1),
+    "epochs": _number("Passes over the data.", default=3, above=0),
+    "steps": _count("Steps at most; overrides epochs."),
+    "lr": _number("Learning rate.", default=5e-5, above=0),
+    "batch": _count("Examples in a batch.", default=8),
+    "accumulate": _count("Batches in a step.", default=1),
+    "schedule": {"enum": list(SCHEDULES), "default": "linear"},
+    "warmup": _number("Share of the steps in which the learning rate rises.", default=0.0, low=0, below=1),
+    "weight_decay": _number("Decoupled, of matrices only.", default=0.0, low=0),
+    "optimizer": {"type": "string", "default": "adamw_torch", "description": "A name that transformers knows."},
+    "seed": {"type": "integer", "default": 0, "minimum": 0, "maximum": 2**32 - 1},
+    "precision": {"enum": ["float32", "bfloat16"], "default": "float32", "description": "Of the forward and backward pass."},
+    "device": {"enum": ["auto", "cpu", "cuda"], "default": "auto"},
+    "save_every": _count("Steps between saved states; default: the ends of epochs."),
+}
+OUTPUTS = ("checkpoint", "delta", "adapter")

@@ -1,0 +1,116 @@
+"""What a run leaves: a checkpoint in the base's types, an adapter, or a delta package on the base; each with its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.sidecar import copy_sidecars, write_json
+from surgery.checkpoint.source import Source
+from surgery.tuning.fit import Fitted
+from surgery.tuning.settings import Job
+from surgery.tuning.tasks import Task, quiet
+from surgery.version import __version__
+
+RECORD = "tune.json"
+FORMAT = "surgery-tune/1"
+_TYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
+
+
+def write_checkpoint(model: Any, source: Source, folder: Path) -> None:
+    """The model as transformers stores it, with the base's tokenizer and other files beside it.
+
+    Each tensor gets the type of the base's tensor of that name; what is new the type that most of the base has. Casting
+    back is exact for all that was not trained. The model is changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {n: t.dtype.name for n, t in source.tensors.items() if t.dtype.name in _TYPES}
+    counts: dict[str, int] = {}
+    for name, dtype in stored.items():
+        counts[dtype] = counts.get(dtype, 0) + source.tensors[name].numel
+    common = max(counts, key=lambda d: counts[d]) if counts else "float32"
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.is_floating_point() and (name in dict(model.named_parameters()) or name in stored):
+                value.data = value.data.to("cpu", _TYPES[stored.get(_stored_name(name, stored), common)])
+    model.config.dtype = _TYPES[common]
+    with quiet():
+        model.save_pretrained(folder)
+    own = {name: (folder / name).read_bytes() for name in ("generation_config.json",) if (folder / name).exists()}
+    copy_sidecars(source, source, folder)
+    for name, content in own.items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
+
+
+def _stored_name(name: str, stored: dict[str, str]) -> str:
+    """The stored tensor behind a parameter; names may differ by what stands in front."""
+    if name in stored:
+        return name
+    near = [n for n in stored if n.endswith("." + name) or name.endswith("." + n)]
+    return near[0] if len(near) == 1 else name
+
+
+def write_adapter(model: Any, source: Source, folder: Path) -> None:
+    """The adapter as peft stores it; its config names the base as the user did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
+        config.revision = source.revision
+        config.inference_mode = True
+    with quiet():
+        model.save_pretrained(folder, save_embedding_layers=False)
+    card = folder / "README.md"
+    if card.exists():
+        card.unlink()  # a template with nothing filled in
+
+
+def write_record(folder: Path, job: Job, source: Source, task: Task, fitted: Fitted, data: list[dict[str, str]]) -> None:
+    """tune.json: how it was made, of what, on what, and how the loss went. The same run gives the same bytes."""
+    write_json(
+        folder / RECORD,
+        {
+            "format": FORMAT,
+            "version": __version__,
+            "base": {"location": source.location, "revision": source.revision, "headers": source.fingerprint},
+            "task": job.task,
+            "data": data,
+            "examples": {"train": len(task.train), "validation": len(task.validation) if task.validation else 0},
+            "settings": job.settings.plain(),
+            "labels": task.labels,
+            "trained": {
+                "tensors": len(fitted.trained),
+                "entries": fitted.entries,
+                "of": fitted.total,
+                "new": sorted(task.new),
+            },
+            "left_out": task.left_out,
+            "history": [{k: v for k, v in h.items() if k != "batches"} for h in fitted.history],
+            "phases": {n: [{k: v for k, v in h.items() if k != "batches"} for h in p] for n, p in fitted.phases.items()},
+            "final": fitted.final,
+        },
+    )
+
+
+def token(job: Job, source: Source, data: list[dict[str, str]]) -> str:
+    """What a run that can be resumed must have in common with the one that was cut off."""
+    import transformers
+
+    said = [job.model, job.task, job.settings.plain(), job.output, source.fingerprint, data,
+            __version__, torch.__version__, transformers.__version__]  # fmt: skip
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def digests(paths: list[Path]) -> list[dict[str, str]]:
+    """Name and SHA-256 of every data file."""
+    made = []
+    for path in paths:
+        with path.open("rb") as file:
+            made.append({"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+    return made
