@@ -43,7 +43,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("hybrid", {}),
     ("hybrid", {"stages": [{"codec": "svd_wf", "bits": 0.25}, {"codec": "dare", "drop": 0.9}]}),
     ("sign", {"scale": "l2", "per": "tensor"}),
-    ("sign", {"per": "tensor"}),
+    ("sign", {}),
     ("sign", {"per": "row"}),
     ("ternary", {"density": 0.05}),
     ("ternary", {"density": 0.2, "scale": "l2"}),

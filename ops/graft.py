@@ -63,7 +63,7 @@ def _graft(
     gives="weights",
     locality="elementwise",
     params=[
-        number("share", 1.0, "Share of the elements that are taken from the tuned model, those that moved most.", low=0.0, high=1.0),
+        number("share", 1.0, "Share of the elements taken from the tuned model: those that moved most.", low=0.0, high=1.0),
         number("threshold", 0.0, "Only elements that moved by more than this are taken.", low=0.0),
         choice("scope", "global", ("global", "tensor"), "Whether the share is of the whole model or of every tensor."),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from surgery.ops.declare import integer, number, pointwise, takes
 from surgery.ops.lazy import torch
@@ -15,7 +15,7 @@ from surgery.ops.matrices import (
     first_alone,
     over_matrices,
     short_vectors,
-    svd,
+    times,
     times_transposed,
 )
 
@@ -23,32 +23,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Leading(NamedTuple):
-    """The leading singular triplets of a tuned matrix, and of each left vector the best cosine with one of the base's."""
+class Directions:
+    """The singular directions of x (m, n), of which only the vectors of the shorter side are kept. All float64.
 
-    parts: Svd
-    cosines: Tensor
-
-
-def leading(tuned: Tensor, base: Tensor, *, k: int, precision: float) -> Leading:
-    """The first k directions of `tuned` (m, n) against all left singular vectors of `base` (m, n). float64.
-
-    cosines: (k,), max over i of |<u_j, u_i of base>|. Directions whose singular value is zero up to `precision` do not count,
-    on either side; against a base of zeros every cosine is 0.
+    s: singular values above zero, descending; what is zero up to `precision` (see `surgery.ops.matrices.svd`) does not count.
     """
-    parts = svd(tuned, precision=precision, most=k)
-    return Leading(parts, best_cosines(parts.u, base, precision=precision))
 
+    def __init__(self, x: Tensor, *, precision: float) -> None:
+        self._x, self._left = x, x.shape[0] <= x.shape[1]
+        self._short, self.s = short_vectors(x.T if self._left else x, precision=precision)
 
-def best_cosines(u: Tensor, base: Tensor, *, precision: float) -> Tensor:
-    """For each column of u (m, k) the largest magnitude of its inner products with the left singular vectors of base (m, n)."""
-    if base.shape[0] <= base.shape[1]:
-        left, s = short_vectors(base.T, precision=precision)
-        products = left.T @ u
-    else:  # without forming the left vectors: u_i^T u = v_i^T (base^T u) / s_i
-        right, s = short_vectors(base, precision=precision)
-        products = (right.T @ times_transposed(base, u)) / s[:, None]
-    return products.abs().amax(dim=0) if len(s) else torch.zeros(u.shape[1], dtype=torch.float64)
+    def leading(self, k: int) -> Svd:
+        """The first k triplets."""
+        short, s = self._short[:, :k], self.s[:k]
+        if self._left:
+            return Svd(short, s, times_transposed(self._x, short).div_(s))
+        return Svd(times(self._x, short).div_(s), s, short)
+
+    def best_cosines(self, u: Tensor) -> Tensor:
+        """For each unit column of u (m, k) the largest magnitude of its cosines with the left vectors; 0 without any."""
+        if self._left:
+            products = self._short.T @ u
+        else:  # without forming the left vectors: u_i^T u = v_i^T (x^T u) / s_i
+            products = (self._short.T @ times_transposed(self._x, u)).div_(self.s[:, None])
+        return products.abs().amax(dim=0) if len(self.s) else torch.zeros(u.shape[1], dtype=torch.float64)
 
 
 @pointwise(
@@ -59,7 +57,7 @@ def best_cosines(u: Tensor, base: Tensor, *, precision: float) -> Tensor:
     params=[
         number("scale", 0.75, "What is left of the singular value of each intruder; 0 removes it.", low=0.0),
         integer("k", 10, "Leading directions of the tuned matrix that are looked at.", low=1),
-        number("eps", 0.5, "A direction is an intruder if its cosine with every one of the base's is below this.", low=0.0, high=1.0),
+        number("eps", 0.5, "Intruders are directions whose cosines with the base's are all below this.", low=0.0, high=1.0),
         LARGEST,
     ],
     needs=("depth",),
@@ -94,8 +92,8 @@ def tame_intruders(
 
     def tame(xs: list[Tensor]) -> Tensor:
         tuned, base = xs
-        (u, s, v), cosines = leading(tuned, base, k=int(k), precision=epsilon(tuned))
-        found = cosines < eps
+        u, s, v = Directions(tuned, precision=epsilon(tuned)).leading(int(k))
+        found = Directions(base, precision=epsilon(base)).best_cosines(u) < eps
         if scale == 1.0 or not bool(found.any()):
             return tuned
         return tuned.to(torch.float64) + (u[:, found] * (s[found] * (scale - 1.0))) @ v[:, found].T

@@ -1,45 +1,59 @@
-"""Finding the weight files of a checkpoint: one file, a directory, shards behind an index, or a hub id."""
+"""Finding the weight files of a checkpoint: one file, a directory, shards behind an index, a hub id, or a URL."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from surgery.errors import Refused
+from surgery.remote.address import HUB, scheme_of
+from surgery.remote.file import RemoteFile
+from surgery.remote.mode import is_streaming
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 MAX_TEXT = 100_000_000  # bytes of a config, an index or a tokenizer: as for headers of weights
-_SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
-_TEXTS = [*(p.lower() for p in _SIDECARS), "licence*", "*token*", "*vocab*", "*merges*", "*spiece*", "*sentencepiece*"]
+SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_TEXTS = [*(p.lower() for p in SIDECARS), "licence*", "*token*", "*vocab*", "*merges*", "*spiece*", "*sentencepiece*"]
 
 
 class Located(NamedTuple):
     """Where a checkpoint's files are. `wanted` maps tensor -> file name when an index says so."""
 
     directory: Path | None  # with config and tokenizer; None for a bare file without neighbours
-    weights: list[Path]
+    weights: list[str]  # paths; URLs of those in `remote`
     wanted: dict[str, str] | None
     revision: str | None
+    remote: Mapping[str, RemoteFile] | None = None
+    location: str | None = None  # what the user wrote, without what must not be repeated
 
 
 def locate(source: str) -> Located:
     """Resolve what the user wrote. Raises Refused with what was looked for."""
+    scheme = scheme_of(source)
+    if scheme == HUB:
+        return _hub(source.partition("://")[2].strip("/"), stream=True)
+    if scheme is not None:
+        from surgery.checkpoint.elsewhere import locate_url
+
+        return locate_url(source, scheme)
     path = Path(source).expanduser()
     if path.is_file():
         return _file(path)
     if path.is_dir():
-        return _directory(path, None)
+        return from_directory(path, None)
     name, _, revision = source.partition("@")
     local = Path(name).expanduser()
     if revision and local.exists():
         raise Refused(f"{source}: `@{revision}` names a hub revision, but {name} is a local path")
     if _HUB_ID.match(name):
-        return _hub(name, revision or None)
+        return _hub(source, stream=is_streaming())
     raise Refused(f"{source}: no such file or directory", hint="give a path, or a hub id such as org/name@revision")
 
 
@@ -89,13 +103,14 @@ def _file(path: Path) -> Located:
     if path.name.endswith(".index.json"):
         return Located(path.parent, *_indexed(path), None)
     if path.suffix == ".safetensors" or path.suffix in PICKLED:
-        return Located(path.parent, [path], None, None)
+        return Located(path.parent, [str(path)], None, None)
     if path.suffix == ".gguf":
         raise _gguf(path)
     raise Refused(f"{path}: not a weight file", hint=f"known endings: .safetensors, {', '.join(PICKLED)}, .index.json")
 
 
-def _directory(path: Path, revision: str | None) -> Located:
+def from_directory(path: Path, revision: str | None) -> Located:
+    """The checkpoint in a folder on this machine. Raises Refused where it is not clear which files are its weights."""
     _check_links(path)
     for single, index, pattern in (
         ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
@@ -110,12 +125,12 @@ def _directory(path: Path, revision: str | None) -> Located:
         if has_index:
             return Located(path, *_indexed(path / index), revision)
         if has_single:
-            return Located(path, [path / single], None, revision)
+            return Located(path, [str(path / single)], None, revision)
         found = sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("training_args"))
         if len(found) == 1 and found[0].name.startswith("adapter_model"):
             raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="open it with a base: BASE+ADAPTER")
         if len(found) == 1:
-            return Located(path, found, None, revision)
+            return Located(path, [str(found[0])], None, revision)
         if found:
             names = ", ".join(f.name for f in found[:4])
             raise Refused(
@@ -137,23 +152,55 @@ def _gguf(path: Path) -> Refused:
     )
 
 
-def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+def _indexed(index: Path) -> tuple[list[str], dict[str, str]]:
     try:
-        wanted = json.loads(small_text(index))["weight_map"]
+        text = small_text(index)
+    except (OSError, ValueError):
+        text = ""
+    names, wanted = parse_index(text, str(index))
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise Refused(f"{index.parent / name}: missing; the index names it", hint="the download is not complete")
+    return [str(index.parent / name) for name in names], wanted
+
+
+def parse_index(text: str, index: str) -> tuple[list[str], dict[str, str]]:
+    """(shards, tensor -> shard) of an index file. Raises Refused if it is none, or if a shard would lie elsewhere."""
+    try:
+        wanted = json.loads(text)["weight_map"]
         names = list(dict.fromkeys(wanted.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused(f"{index}: not an index file (needs a `weight_map` of tensor -> file)") from None
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or "/" in name or "\\" in name or name in ("", ".", ".."):
             raise Refused(f"{index}: points outside its directory: {name!r}", hint="do not use this checkpoint")
-        if not (index.parent / name).is_file():
-            raise Refused(f"{index.parent / name}: missing; the index names it", hint="the download is not complete")
-    return [index.parent / name for name in names], wanted
+    return names, wanted
 
 
-def _hub(repo: str, revision: str | None) -> Located:
+def _hub(source: str, *, stream: bool) -> Located:
+    """stream: its weights stay where they are; otherwise they are downloaded to the hub's cache."""
     from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.partition("@")
+    if not _HUB_ID.match(repo):
+        raise Refused(f"{source}: not a model of the hub", hint="write org/name, or org/name@revision")
+    with _hub_refusals(repo, revision):
+        if stream:
+            from surgery.checkpoint.elsewhere import locate_on_hub
+
+            found = locate_on_hub(repo, revision or None)
+            if found is not None:
+                return found._replace(location=source)
+        kinds = _weights_on_hub(repo, revision or None)
+        path = snapshot_download(repo, revision=revision or None, allow_patterns=[*kinds, *SIDECARS])
+    return from_directory(Path(path), Path(path).name)._replace(location=source)
+
+
+@contextmanager
+def _hub_refusals(repo: str, revision: str) -> Iterator[None]:
+    """What the hub library raises, as Refused."""
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -162,8 +209,10 @@ def _hub(repo: str, revision: str | None) -> Located:
     )
 
     try:
-        kinds = _weights_on_hub(repo, revision)
-        path = snapshot_download(repo, revision=revision, allow_patterns=[*kinds, *_SIDECARS])
+        yield
+    except GatedRepoError:
+        hint = f"accept its terms on the page of {repo}, then `hf auth login`"
+        raise Refused(f"{repo}: the hub gives it only to those who have accepted its terms", hint=hint) from None
     except RepositoryNotFoundError:
         raise Refused(f"{repo}: no such path here and no such model on the hub", hint="private? run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -174,8 +223,9 @@ def _hub(repo: str, revision: str | None) -> Located:
             hint="check the path; offline, download it first with `hf download`",
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as problem:
-        raise Refused(f"{repo}: the hub refused: {str(problem).splitlines()[0]}") from None
-    return _directory(Path(path), Path(path).name)
+        status = getattr(getattr(problem, "response", None), "status_code", None)
+        login = "`hf auth login` with a token that may read it" if status in (401, 403) else None
+        raise Refused(f"{repo}: the hub refused: {str(problem).splitlines()[0]}", hint=login) from None
 
 
 def _weights_on_hub(repo: str, revision: str | None) -> list[str]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from surgery.checkpoint.dtypes import BY_NAME
 from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
+from surgery.remote.address import scheme_of
+from surgery.remote.file import RemoteFile, in_parallel
+from surgery.remote.problems import RemoteProblem
 
 MAX_HEADER = 100_000_000  # the format's own cap
 _LARGEST = 2**62  # bytes or elements: beyond any file
+_GUESS = 128 << 10  # bytes fetched of a remote file at first: the header of nearly every shard lies within
 MAX_RANK = 64  # far above any real tensor; keeps hostile shapes from costing time
 
 
@@ -28,6 +33,8 @@ class Header(NamedTuple):
 
 def read_header(path: str) -> Header:
     """Read and check the header of one safetensors file. Raises Refused naming the file and the tensor."""
+    if scheme_of(path) is not None:
+        raise Refused(f"{path}: this needs the file on this machine", hint="download it; hub models are, without --stream")
     try:
         return _read_header(path)
     except OSError as problem:
@@ -39,21 +46,45 @@ def _read_header(path: str) -> Header:
         prefix = file.read(8)
         file.seek(0, 2)
         size = file.tell()
-        if len(prefix) < 8:
-            raise _bad(path, f"is {size} bytes long, too short for a safetensors header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length == 0:
-            raise Refused(
-                f"{path}: has no header: a run that writes it is not finished, or was killed",
-                hint="finish it: run the same recipe again with --resume",
-            )
-        if length > MAX_HEADER:
-            raise _bad(path, f"declares a header of {length} bytes; the format allows {MAX_HEADER}")
-        if length > size - 8:
-            raise _bad(path, f"declares a header of {length} bytes but is {size} bytes long")
+        length = _length(prefix, size, path)
         file.seek(8)
         raw = file.read(length)
     return parse_header(raw, size, path)
+
+
+def read_remote_headers(files: Mapping[str, RemoteFile]) -> dict[str, Header]:
+    """The same of files that lie elsewhere, by URL: in one round of parallel requests, as a rule. Raises Refused."""
+
+    def read(path: str) -> Header:
+        file = files[path]
+        begun = file.begin(_GUESS)
+        length = _length(begun[:8], file.size, path)
+        raw = begun[8 : 8 + length]
+        if len(raw) < length:
+            raw += file.read(8 + len(raw), length - len(raw))
+        return parse_header(raw, file.size, path)
+
+    try:
+        return dict(zip(files, in_parallel(read, files), strict=True))
+    except RemoteProblem as problem:
+        raise Refused(problem.message, hint=problem.hint) from None
+
+
+def _length(prefix: bytes, size: int, path: str) -> int:
+    """Bytes of the header of a file of `size` bytes that begins with `prefix`."""
+    if len(prefix) < 8:
+        raise _bad(path, f"is {size} bytes long, too short for a safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length == 0:
+        raise Refused(
+            f"{path}: has no header: a run that writes it is not finished, or was killed",
+            hint="finish it: run the same recipe again with --resume",
+        )
+    if length > MAX_HEADER:
+        raise _bad(path, f"declares a header of {length} bytes; the format allows {MAX_HEADER}")
+    if length > size - 8:
+        raise _bad(path, f"declares a header of {length} bytes but is {size} bytes long")
+    return int(length)
 
 
 def parse_header(raw: bytes, size: int, path: str) -> Header:

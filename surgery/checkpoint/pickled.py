@@ -104,6 +104,8 @@ def _stored(path: str, name: str, tensor: Any, size: int) -> Stored:
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
         raise Refused(f"{path}: `{name}` has no position in the file", hint="convert it to safetensors")
+    if tensor.is_conj() or tensor.is_neg():
+        raise Refused(f"{path}: `{name}` is stored conjugated or negated: its bytes are not its values", hint=_CONVERT)
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
     stored = Stored(name, dtype, tuple(tensor.shape), path, start + tensor.storage_offset() * dtype.size, strides)
     if stored.nbytes > size or stored.offset < 0 or stored.offset + stored.span > size:

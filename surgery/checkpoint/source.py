@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.files import PICKLED, locate, small_text
-from surgery.checkpoint.header import read_header
+from surgery.checkpoint.header import read_header, read_remote_headers
 from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
+from surgery.remote.file import RemoteFile
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,19 @@ class FileState:
     def of(path: str | os.PathLike[str]) -> FileState:
         stat = os.stat(path)
         return FileState(stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class RemoteState(FileState):
+    """The same of a file that lies elsewhere: its tag (an ETag as a rule) stands for the time. file: what reads it."""
+
+    file: RemoteFile = field(compare=False, repr=False)
+
+    @staticmethod
+    def opened(file: RemoteFile) -> RemoteState:
+        """State of a file that was begun."""
+        tag = int.from_bytes(hashlib.sha256(file.version.encode()).digest()[:7], "big")
+        return RemoteState(file.size, tag, file)
 
 
 @dataclass(eq=False)
@@ -76,19 +90,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def open_source(location: str, *, label: str | None = None) -> Source:
     """Open a file, directory or hub id. Reads headers only. Raises Refused with the file and what is wrong."""
     located = locate(location)
+    location = located.location or location
+    remote = located.remote or {}
+    headers = read_remote_headers(remote)
     label = label or Path(location.rstrip("/")).name or location
     digest = hashlib.sha256()
     found: dict[str, Stored] = {}
     files: dict[str, FileState] = {}
-    for path in map(str, located.weights):
-        files[path] = FileState.of(path)
+    for path in located.weights:
+        files[path] = RemoteState.opened(remote[path]) if path in remote else FileState.of(path)
         if path.endswith(PICKLED):
             from surgery.checkpoint.pickled import read_pickled
 
             tensors = read_pickled(path)
             digest.update(repr([(t.name, t.dtype.name, t.shape) for t in tensors.values()]).encode())
         else:
-            header = read_header(path)
+            header = headers[path] if path in headers else read_header(path)
             tensors = header.tensors
             digest.update(header.raw)
         digest.update(f"{files[path].size}".encode())

@@ -24,10 +24,14 @@ COMMANDS = {
     "depth": "Show which blocks of a model can be dropped.",
     "gates": "Make router weights for a mixture of experts from prompts.",
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
+    "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
     "ops": "List operators, or explain one.",
+    "push": "Publish an output on the hub.",
+    "report": "Show results as a page that opens offline, as pictures and as tables.",
     "schema": "Print the JSON Schema of recipes.",
     "verify": "Hash an output again and compare it with its manifest.",
     "statistics": "Collect what merging by data needs: Gram matrices, Fisher information.",
+    "sweep": "Search the numbers of a recipe that make the best model.",
     "tune": "Fine-tune a checkpoint: whole, masked, adapted or averaged; a checkpoint or a delta comes out.",
 }
 

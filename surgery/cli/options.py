@@ -13,6 +13,9 @@ SET = click.option(
     "--set", "overrides", multiple=True, metavar="K=V", help="Change a value: --set steps.task.density=0.3. Repeatable."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print plain data on stdout.")
+STREAM = click.option(
+    "--stream", is_flag=True, help="Read hub models by byte ranges instead of downloading them first (SURGERY_STREAM=1)."
+)
 OUT = click.option("-o", "--out", required=True, type=click.Path(), help="The directory to write.")
 
 

@@ -26,12 +26,17 @@ def planned(recipe: str, overrides: tuple[str, ...]) -> Any:
 def command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check and price RECIPE: what would be read, computed and written. Only headers are read; exit code 0 or 2.
 
+    Nothing is downloaded but headers, configs and tokenizers, wherever the models are.
+
     \b
     Example:
       surgery plan merge.yaml
       surgery plan merge.yaml --set steps.task.density=0.3 --json
     """
-    plan = planned(recipe, overrides)
+    from surgery.remote.mode import streaming
+
+    with streaming():
+        plan = planned(recipe, overrides)
     if as_json:
         print_json(plan.as_dict())
     else:

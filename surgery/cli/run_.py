@@ -7,16 +7,17 @@ from typing import Any
 
 import click
 
-from surgery.cli.options import OUT, RECIPE, SET, run_options
+from surgery.cli.options import OUT, RECIPE, SET, STREAM, run_options
 
 
 @click.command("run")
 @RECIPE
 @OUT
 @SET
+@STREAM
 @click.option("--verify", is_flag=True, help="First hash the inputs, where digests of them are known.")
 @run_options
-def command(recipe: str, out: str, overrides: tuple[str, ...], verify: bool, **options: Any) -> None:
+def command(recipe: str, out: str, overrides: tuple[str, ...], stream: bool, verify: bool, **options: Any) -> None:
     """Carry out RECIPE: stream the result to OUT in bounded memory.
 
     OUT appears when it is complete. A run that was killed goes on with --resume, to the same bytes.
@@ -25,11 +26,14 @@ def command(recipe: str, out: str, overrides: tuple[str, ...], verify: bool, **o
     Example:
       surgery run merge.yaml -o merged/
       surgery run merge.yaml -o merged/ --memory 1GB --profile
+      surgery run merge.yaml -o merged/ --stream
     """
     from surgery.cli.plan_ import planned
     from surgery.cli.progress import carry_out
+    from surgery.remote.mode import streaming
 
-    plan = planned(recipe, overrides)
+    with streaming(stream):
+        plan = planned(recipe, overrides)
     if verify:
         _verify(plan, options["threads"], options["quiet"])
     carry_out(plan, out, **options)

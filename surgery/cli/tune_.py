@@ -49,6 +49,9 @@ def command(
             document.data.setdefault(key, None)
     if document.data is not None:
         document.override(changes)
+    from surgery.tuning.settings import read_job
+
+    job = read_job(document.data, document.place)
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -56,9 +59,7 @@ def command(
     import torch
 
     from surgery.tuning.run import run
-    from surgery.tuning.settings import read_job
 
-    job = read_job(document.data, document.place)
     if threads is not None:
         torch.set_num_threads(threads)
     with _shown(quiet) as progress:

@@ -12,9 +12,9 @@ from surgery.checkpoint.sidecar import licence
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.ties import declared_ties, tie_flag
 from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocabulary_rows, vocabulary_sizes
-from surgery.engine.plan import Plan
+from surgery.engine.plan import Plan, Program
 from surgery.errors import Refused, did_you_mean
-from surgery.graph.expr import Read, walk
+from surgery.graph.expr import Derived, Read, walk
 from surgery.graph.node import Node, SourceNode, sources_of
 from surgery.graph.scaled import Dequantised
 
@@ -54,7 +54,7 @@ def _tokenizer(plan: Plan) -> None:
 def _quantised(plan: Plan) -> None:
     """Codes of a quantised checkpoint are no numbers to compute with."""
     for program in plan.programs:
-        if program.copies:
+        if program.copies or _rebuilt(program):
             continue
         exprs = list(walk([program.expr]))
         scaled = {id(a) for e in exprs if isinstance(e, Dequantised) for a in e.args}
@@ -75,6 +75,11 @@ def _quantised(plan: Plan) -> None:
                     f"{source.label}: is quantised ({method}); `{name}` holds packed codes, not weights",
                     hint="use the unquantised checkpoint",
                 )
+
+
+def _rebuilt(program: Program) -> bool:
+    """True if stored bytes are unpacked as they were: a delta package on its base."""
+    return isinstance(program.expr, Derived) and program.expr.exact and program.expr.dtype == program.dtype
 
 
 def _vocabularies(plan: Plan) -> None:

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from surgery.checkpoint.source import FileState
+from surgery.checkpoint.layout import parse_size
+from surgery.checkpoint.source import FileState, RemoteState
 from surgery.checkpoint.stored import Stored
 from surgery.engine.convert import Array
 from surgery.errors import Failed
+from surgery.remote.ahead import ROOM, Ahead
+from surgery.remote.file import in_parallel
+from surgery.remote.problems import RemoteProblem
 
+STREAM_MEMORY = "SURGERY_STREAM_MEMORY"  # bound on bytes of remote files held, like 256MB
 _MAX_OPEN = 200
 
 
@@ -53,6 +58,8 @@ class Reader:
         self._open: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
         self._strided: tuple[Stored, Array] | None = None
+        self._ahead: Ahead | None = None
+        self._elsewhere: dict[str, RemoteState] = {}
 
     def read(self, stored: Stored, start: int, stop: int, out: Array) -> None:
         """Elements `start` to `stop` (flat) of a tensor into the bytes `out`."""
@@ -63,6 +70,10 @@ class Reader:
         self._bytes(stored, stored.offset + start * size, out)
 
     def _bytes(self, stored: Stored, offset: int, out: Array) -> None:
+        state = self._files[stored.path]
+        if isinstance(state, RemoteState):
+            self._ranges(stored, state, offset, out)
+            return
         handle = self._handle(stored.path)
         view, done = memoryview(out), 0  # type: ignore[arg-type]
         while done < len(view):
@@ -76,6 +87,18 @@ class Reader:
             if got == 0:
                 raise Failed(f"{stored.path}: ends inside `{stored.name}`: the file was truncated while it was used")
             done += got
+
+    def _ranges(self, stored: Stored, state: RemoteState, offset: int, out: Array) -> None:
+        """The same from a file that lies elsewhere."""
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = Ahead(room=parse_size(os.environ.get(STREAM_MEMORY, ROOM)))
+            self._elsewhere[stored.path] = state
+        try:
+            self._ahead.read(state.file, offset, memoryview(out), (stored.offset, stored.offset + stored.nbytes))  # type: ignore[arg-type]
+        except RemoteProblem as problem:
+            hint = problem.hint or "run again with --resume once it can be read"
+            raise Failed(f"{problem.message}; wanted for `{stored.name}`", hint=hint) from None
 
     def _handle(self, path: str) -> _Handle:
         with self._lock:
@@ -109,8 +132,16 @@ class Reader:
         with self._lock:
             for handle in self._open.values():
                 handle.check()
+            elsewhere = [state.file for state in self._elsewhere.values()]
+        try:
+            in_parallel(lambda file: file.check(), elsewhere)
+        except RemoteProblem as problem:
+            raise Failed(problem.message, hint=problem.hint) from None
 
     def close(self) -> None:
         with self._lock:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
             self._open.clear()
             self._strided = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -256,5 +257,6 @@ def _manifest(plan: Plan, digests: dict[str, str], files: dict[str, str]) -> dic
         ],
         "digests": SCHEME,
         "tensors": {p.name: digests[p.name] for p in plan.programs},
+        "headers": {shard.file: sha256(shard.header[8:]).hexdigest() for shard in plan.layout.shards},
         "files": files,
     }

@@ -1,7 +1,7 @@
 """Bit rot: weights hashed again and compared with what is known of them.
 
-What is known: the `surgery.json` that every output of ours carries (a digest of each tensor, SHA-256 of the files beside the
-weights), and in a hub cache the names of the blobs, which are the SHA-256 of large files.
+What is known: the `surgery.json` that every output of ours carries (a digest of each tensor, SHA-256 of headers and of the files
+beside the weights), and in a hub cache the names of the blobs, which are the SHA-256 of large files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Verdict:
     """What was found where `path` was compared with what is known of it.
 
     known: "manifest" or "hub". damaged, missing, extra: tensors whose bytes differ, that are not there, that are not in the
-    manifest. unreadable: weight file -> what is wrong with it. changed: other files that differ or are gone.
+    manifest. unreadable: weight file -> what is wrong with it. changed: headers and other files that differ or are gone.
     """
 
     path: Path
@@ -81,9 +81,9 @@ def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress
 def _checked(path: Path, found: Mapping[str, Any]) -> Mapping[str, Any]:
     if found.get("digests") != SCHEME:
         raise Refused(f"{path}: holds digests of the kind {found.get('digests')!r}, this version knows {SCHEME!r}")
-    tensors, files = found.get("tensors"), found.get("files", {})
-    if not all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in (tensors, files)):
-        raise Refused(f"{path}: is damaged: `tensors` and `files` must map names to digests")
+    tables = found.get("tensors"), found.get("files", {}), found.get("headers", {})
+    if not all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables):
+        raise Refused(f"{path}: is damaged: `tensors`, `headers` and `files` must map names to digests")
     return found
 
 
@@ -100,6 +100,8 @@ def _against_manifest(
         except (SurgeryError, OSError) as problem:
             verdict.unreadable[file.name] = problem.message if isinstance(problem, SurgeryError) else str(problem)
             continue
+        if manifest.get("headers", {}).get(file.name) not in (None, hashlib.sha256(header.raw).hexdigest()):
+            verdict.changed.append(f"{file.name} (its header)")
         verdict.extra += [f"{name} (again in {file.name})" for name in header.tensors.keys() & stored.keys()]
         stored |= header.tensors
     wanted: dict[str, str] = manifest["tensors"]
@@ -108,7 +110,7 @@ def _against_manifest(
     verdict.damaged, problems = _damaged(stored, wanted, states, threads, tell)
     verdict.unreadable |= problems
     verdict.tensors, verdict.nbytes = len(wanted), sum(t.nbytes for t in stored.values())
-    verdict.changed = [name for name, digest in manifest.get("files", {}).items() if _differs(folder, name, digest)]
+    verdict.changed += [name for name, digest in manifest.get("files", {}).items() if _differs(folder, name, digest)]
     return verdict
 
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from surgery.lab.evaluation import Report, Result, evaluate
     from surgery.lab.path import Barrier, barrier
     from surgery.lab.resident import Resident
-    from surgery.lab.sequence import Forgetting, forgetting
     from surgery.lab.search import sweep
+    from surgery.lab.sequence import Forgetting, forgetting
     from surgery.lab.tasks import Task, make_task, read_tasks
     from surgery.lab.together import beside
 

@@ -73,31 +73,28 @@ def grouped(features: Array, units: Array) -> Array:
 
 def draw(features: Sequence[Array], finishes: Sequence[Finish], settings: Settings, key: str) -> list[Draws]:
     """Values of several measures on the same resamples. features: per measure (units, k). key: which draws."""
-    stacked = np.concatenate(list(features), axis=1)
-    ends = np.cumsum([f.shape[1] for f in features])
-    total = stacked.sum(axis=0, keepdims=True)
-    drawn = resampled_sums(stacked, settings, key)
     made = []
-    for finish, end, own in zip(finishes, ends, features, strict=True):
-        columns = slice(end - own.shape[1], end)
+    for finish, own, drawn in zip(finishes, features, resampled_sums(features, settings, key), strict=True):
+        total = own.sum(axis=0, keepdims=True)
         with np.errstate(all="ignore"):
-            without = finish(total[:, columns] - own) if len(own) > 1 else np.full(1, np.nan)
-            made.append(Draws(float(finish(total[:, columns])[0]), finish(drawn[:, columns]), without))
+            without = finish(total - own) if len(own) > 1 else np.full(1, np.nan)
+            made.append(Draws(float(finish(total)[0]), finish(drawn), without))
     return made
 
 
-def resampled_sums(features: Array, settings: Settings, key: str) -> Array:
-    """(resamples, k): sums over as many units as there are, drawn with replacement."""
-    units = len(features)
-    made = np.empty((settings.resamples, features.shape[1]))
+def resampled_sums(features: Sequence[Array], settings: Settings, key: str) -> list[Array]:
+    """Per measure (resamples, k): sums over as many units as there are, drawn with replacement."""
+    units = len(features[0])
+    made = [np.empty((settings.resamples, f.shape[1])) for f in features]
     step = max(1, _AT_ONCE // units)
     for a in range(0, settings.resamples, step):
         b = min(a + step, settings.resamples)
         words = bits32(settings.seed, f"bootstrap/{key}/{units}", a * units, (b - a) * units)
         at = ((words.astype(np.uint64) * np.uint64(units)) >> np.uint64(32)).astype(np.int64).reshape(b - a, units)
         at += np.arange(b - a)[:, None] * units
-        counts = np.bincount(at.reshape(-1), minlength=(b - a) * units).reshape(b - a, units)
-        made[a:b] = counts.astype(np.float64) @ features
+        counts = np.bincount(at.reshape(-1), minlength=(b - a) * units).reshape(b - a, units).astype(np.float64)
+        for into, own in zip(made, features, strict=True):
+            into[a:b] = counts @ own
     return made
 
 
@@ -106,8 +103,8 @@ def bca(value: float, resampled: Array, without: Array, level: float) -> tuple[f
     resampled = resampled[np.isfinite(resampled)]
     if len(without) < 2 or not len(resampled) or not math.isfinite(value):
         return math.nan, math.nan
-    share = (np.mean(resampled < value) + np.mean(resampled <= value)) / 2
-    share = min(max(float(share), 0.5 / len(resampled)), 1 - 0.5 / len(resampled))
+    share = float(np.mean(resampled < value) + np.mean(resampled <= value)) / 2
+    share = min(max(share, 0.5 / len(resampled)), 1 - 0.5 / len(resampled))
     shift = ndtri(share)
     pull = np.nanmean(without) - without[np.isfinite(without)]
     spread = float((pull**2).sum())

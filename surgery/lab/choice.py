@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,10 +22,10 @@ class Choice(Task):
     normalise: an option's log-likelihood as it is, per token, or per byte. separator: between prompt and option.
     """
 
-    KEYS = {
+    KEYS: ClassVar[Mapping[str, Any]] = {
         "prompt": str, "choices": (str, list), "answer": str, "normalise": str, "separator": str, "length": int,
     }  # fmt: skip
-    OUTCOME = Labelled
+    OUTCOME: ClassVar[type] = Labelled
 
     def validate(self) -> None:
         if self.said.get("normalise", "none") not in NORMALISE:
@@ -34,7 +35,9 @@ class Choice(Task):
         check_causal(self, subject)
         table = self.once(("table", split), lambda: read_table(*self.place(split), self.said.get("limit")))
         options, labels = self.once(("options", split), lambda: self._options(table))
-        ids, skipped = self.once((split, subject.tokenizer, subject.positions), lambda: self._tokenised(subject, table, options))
+        ids, skipped = self.once(
+            (split, subject.tokenizer, subject.positions), lambda: self._tokenised(subject, table, options)
+        )
         scores = iter(token_scores(subject, ids, skipped, self.said.get("batch")))
         out = np.full((len(options), max(map(len, options))), -np.inf)
         kind = self.said.get("normalise", "none")
@@ -76,7 +79,9 @@ class Choice(Task):
                 whole = start + tokenizer(bare + after, add_special_tokens=False)["input_ids"]
                 skip = min(len(before), len(whole) - 1)
                 if skip < 1:
-                    raise self.refuse(f"{table.name}: row {i + 1}: an empty prompt, and the tokenizer has no token to begin with")
+                    raise self.refuse(
+                        f"{table.name}: row {i + 1}: an empty prompt, and the tokenizer has no token to begin with"
+                    )
                 over = max(0, len(whole) - longest)
                 if over >= skip:
                     raise self.refuse(f"{table.name}: row {i + 1}: an option is longer than {longest} tokens")

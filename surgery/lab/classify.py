@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,10 +24,10 @@ class Classification(Task):
     scaled to length one if `normalize`.
     """
 
-    KEYS = {
+    KEYS: ClassVar[Mapping[str, Any]] = {
         "text": (str, list), "label": str, "labels": list, "length": int, "head": str, "pooling": str, "normalize": bool,
     }  # fmt: skip
-    OUTCOME = Labelled
+    OUTCOME: ClassVar[type] = Labelled
 
     def validate(self) -> None:
         if self.said.get("pooling", "mean") not in POOLING:
@@ -123,7 +124,9 @@ class Classification(Task):
                 bias = file.get_tensor("bias").float() if "bias" in file.keys() else torch.zeros(len(weight))  # noqa: SIM118
                 classes = (file.metadata() or {}).get("classes")
         except (OSError, SafetensorError) as problem:
-            raise Refused(f"{self.what}: {path}: no head: {problem}", hint="a safetensors file with `weight` and `bias`") from None
+            raise Refused(
+                f"{self.what}: {path}: no head: {problem}", hint="a safetensors file with `weight` and `bias`"
+            ) from None
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise self.refuse(f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} are no linear head")
         return {"weight": weight, "bias": bias, "classes": classes.split(",") if classes else None}

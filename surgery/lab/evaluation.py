@@ -87,7 +87,7 @@ class Evaluator:
             return self.resident.show(plan, name or name_of(model))
         if hasattr(model, "state_dict") and hasattr(model, "eval"):
             config = getattr(model, "config", None)
-            said = config.to_dict() if hasattr(config, "to_dict") else {}
+            said = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
             return Subject(model.eval(), name or type(model).__name__, said, forward=self.resident.forward)
         raise Refused(f"{model!r} cannot be evaluated", hint="give a path, a recipe, a surgery.Checkpoint, or a torch module")
 
@@ -169,7 +169,9 @@ def measures_of(task: Task, split: str, with_reference: bool, only: Sequence[str
                 continue  # asked of the test split; on validation itself it says nothing
             if only is None and measure.needs == "reference":
                 continue
-            hint = "--reference names one" if measure.needs == "reference" else "give the task a `validation` file; report on `test`"
+            hint = (
+                "--reference names one" if measure.needs == "reference" else "it is fitted on `validation`, reported on `test`"
+            )
             raise Refused(f"{task.what} cannot give `{name}` without a {measure.needs}", hint=hint)
         made.append(measure)
     return made

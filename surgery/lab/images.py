@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,14 +18,14 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 class Images(Task):
     """A split is an .npz with `images` (n, …) and `labels` (n,), or a folder with a folder of pictures per class.
 
-    scale: what pixel values are multiplied by; mean, std: per channel (first axis of an image), subtracted and divided by after.
+    scale: what pixel values are multiplied by. mean, std: per channel (first axis of an image), subtracted and divided by then.
     size: [height, width] that pictures from folders are resized to. x, y: names of the arrays in the .npz.
     """
 
-    KEYS = {
+    KEYS: ClassVar[Mapping[str, Any]] = {
         "x": str, "y": str, "labels": list, "scale": (int, float), "mean": list, "std": list, "size": list,
     }  # fmt: skip
-    OUTCOME = Labelled
+    OUTCOME: ClassVar[type] = Labelled
 
     def validate(self) -> None:
         size = self.said.get("size")
@@ -74,7 +75,9 @@ class Images(Task):
                 raise self.refuse(f"{path}: there is no array `{name}`", hint=f"it has {', '.join(found)}")
         images, labels = (found[n] for n in names)
         if labels.ndim != 1 or len(images) != len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise self.refuse(f"{path}: {list(images.shape)} images and {labels.dtype} {list(labels.shape)} labels do not go together")
+            raise self.refuse(
+                f"{path}: {list(images.shape)} images and {labels.dtype} {list(labels.shape)} labels do not go together"
+            )
         if len(labels) and labels.min() < 0:
             raise self.refuse(f"{path}: label {labels.min()} is below 0")
         return images, labels.astype(np.int64)
@@ -90,10 +93,10 @@ class Images(Task):
         for number, name in enumerate(names):
             for file in sorted((path / str(name)).glob("*")):
                 if file.suffix.lower() in _PICTURES:
-                    with Image.open(file) as picture:
-                        said = self.said.get("size")
-                        picture = picture.convert("RGB") if said is None else picture.convert("RGB").resize((said[1], said[0]))
-                        images.append(np.asarray(picture).transpose(2, 0, 1))
+                    with Image.open(file) as opened:
+                        picture, said = opened.convert("RGB"), self.said.get("size")
+                        made = picture if said is None else picture.resize((said[1], said[0]))
+                        images.append(np.asarray(made).transpose(2, 0, 1))
                     labels.append(number)
         if len({i.shape for i in images}) > 1:
             raise self.refuse(f"{path}: pictures differ in size", hint="size: [height, width]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def _span_counts(o: Labelled, c: Context) -> Array:
     made = np.zeros((len(o.labels), 3))
     said, units = o.scores.argmax(axis=1), o.units
     edges = [0, *(np.flatnonzero(np.diff(units)) + 1), len(units)]
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         found = spans([o.names[i] for i in said[a:b]])
         true = spans([o.names[i] for i in o.labels[a:b]])
         made[a] = len(found & true), len(found), len(true)
@@ -154,12 +155,12 @@ def _perplexity_of(sums: Array) -> Array:
 _LABELLED = [
     Measure("accuracy", "Share of examples whose most likely class is the label.", "high", _accuracy, _mean),
     Measure("nll", "Mean negative log-likelihood of the label, in nats.", "low", _nll, _mean),
-    Measure("brier", "Mean squared distance of probabilities from the label's 0 and 1, summed over classes.", "low", _brier, _mean),
+    Measure("brier", "Squared distance of probabilities from the label's 0 and 1, summed over classes.", "low", _brier, _mean),
     Measure("ece", f"Expected calibration error over {BINS} equal-width bins of confidence.", "low", _ece, _ece_of),
     Measure("ece_scaled", "ECE after a temperature that was fitted on validation.", "low", _ece_scaled, _ece_of, "validation"),
     Measure("confidence", "Mean probability of the most likely class.", "", _confidence, _mean),
     Measure("f1", "F1 per class, averaged over the classes that occur.", "high", _counted, _f1_of),
-    Measure("span_f1", "F1 over labelled spans (BIO, IOBES), as CoNLL counts them.", "high", _span_counts, _span_f1_of, "spans"),
+    Measure("span_f1", "F1 over labelled spans (BIO, IOBES), as CoNLL does.", "high", _span_counts, _span_f1_of, "spans"),
     Measure("kl", "Mean Kullback-Leibler divergence from the reference, KL(reference || model), in nats.", "low", _kl, _mean,
             "reference"),
     Measure("agreement", "Share of examples on which model and reference choose the same class.", "high", _agreement, _mean,

@@ -62,7 +62,7 @@ def barrier(
         find(measure, task.OUTCOME, task.what)
     found: dict[str, list[Draws]] = {t.name: [] for t in evaluator.tasks}
     for alpha in alphas:
-        plan = make_plan(make(registry["lerp"], ends, {"t": alpha}))
+        plan = make_plan(make(registry["lerp"], ends, {"alpha": alpha}))
         report = evaluator.report(plan, split=split, only=only, name=f"alpha {alpha:g}")
         for name, result in report.results.items():
             found[name].append(result.draws[measure])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,8 +34,8 @@ class Perplexity(Task):
     length: tokens of a window. context: how many of them repeat the window before, unscored.
     """
 
-    KEYS = {"text": str, "length": int, "context": int}
-    OUTCOME = Language
+    KEYS: ClassVar[Mapping[str, Any]] = {"text": str, "length": int, "context": int}
+    OUTCOME: ClassVar[type] = Language
 
     def validate(self) -> None:
         if self.said.get("context", 1) < 1 or self.said.get("context", 1) >= self.said.get("length", 512):

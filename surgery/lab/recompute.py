@@ -79,7 +79,7 @@ class Recomputer:
         executor = Executor(
             self._threads, lambda: RoomEvaluator(self._reader, values), room=plan.price.whole_tensor, progress=lambda n: None
         )
-        for expr, (key, program) in kept.items():
+        for expr, (key, _) in kept.items():
             found = self._room.get(key)
             if found is not None:
                 values[id(expr)] = found
@@ -100,7 +100,7 @@ class Recomputer:
             t: s for t, s in self._statistics.items() if t in self._seen
         }
         self._seen = {tokens(e) for p in plan.programs for e in _below(p.expr)}
-        self._seen |= {tokens.measure(e.measure) for p in plan.programs for e in _below(p.expr) if _is_measured(e)}
+        self._seen |= {tokens.measure(m) for p in plan.programs for e in _below(p.expr) if (m := _measure_of(e)) is not None}
 
     def _keepable(self, programs: Iterable[Program], tokens: Tokens) -> dict[Expr, tuple[Any, Program]]:
         """The largest parts of changed tensors that are as they were in the plan before, and worth keeping."""
@@ -145,13 +145,11 @@ def _below(root: Expr) -> Iterable[Expr]:
             stack.extend(e.args)
 
 
-def _is_measured(e: Expr) -> bool:
-    return isinstance(e, Applied) and e.measure is not None
+def _measure_of(e: Expr) -> Measure | None:
+    return e.measure if isinstance(e, Applied) else None
 
 
-def _measures(
-    programs: Iterable[Program], kept: Mapping[Expr, Any], tokens: Tokens, known: Mapping[str, Any]
-) -> list[Measure]:
+def _measures(programs: Iterable[Program], kept: Mapping[Expr, Any], tokens: Tokens, known: Mapping[str, Any]) -> list[Measure]:
     """The statistics that computing `programs` takes, each after those that it needs itself."""
     made: dict[int, Measure] = {}
     done: set[int] = set()

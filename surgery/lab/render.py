@@ -36,7 +36,9 @@ def table(reports: Sequence[Report]) -> str:
         for name in dict.fromkeys(m for r in results if r is not None for m in r.estimates):
             rows.append([f"  {name}", *(shown(r.estimates[name]) if r and name in r.estimates else "" for r in results)])
         for name in dict.fromkeys(m for r in results if r is not None for m in r.difference):
-            rows.append([f"  {name} - reference", *(shown(r.difference[name]) if r and name in r.difference else "" for r in results)])
+            rows.append(
+                [f"  {name} - reference", *(shown(r.difference[name]) if r and name in r.difference else "" for r in results)]
+            )
         lines += [*columns(rows), ""]
     return "\n".join(lines[:-1])
 

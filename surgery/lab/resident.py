@@ -66,7 +66,8 @@ class Resident:
         self._signature: Any = None
         self._built: _Built | None = None
         self._plan: Plan | None = None  # keeps alive what tokens of user functions speak of
-        self._tokenizers: dict[str, tuple[Any, Any]] = {}
+        self._tokenizers: dict[Path, Any] = {}
+        self._written: dict[str, Any] = {}  # directories of tokenizers that plans make
         self.last = Recomputed(0, 0, True)
 
     def show(self, plan: Plan, name: str) -> Subject:
@@ -99,24 +100,15 @@ class Resident:
     def _subject(self, plan: Plan, built: _Built, name: str, changed: set[str], *, fresh: bool) -> Subject:
         self._plan = plan
         self.last = Recomputed(len(changed), sum(p.nbytes for p in plan.programs if p.name in changed), fresh)
-        made = Subject(
+        return Subject(
             built.module,
             name,
             config=plan.config or {},
             files=self._files(plan),
             forward=self.forward,
             device=self._device,
+            loaded=self._tokenizers,
         )
-        key = str(made.files)
-        if key in self._tokenizers:
-            made.given_tokenizer = self._tokenizers[key][0]
-        elif made.files is not None and (made.files / "tokenizer_config.json").exists() | (made.files / "tokenizer.json").exists():
-            try:
-                self._tokenizers[key] = made._load_tokenizer(), plan.settings.vocabulary
-                made.given_tokenizer = self._tokenizers[key][0]
-            except Refused:
-                pass  # whether it matters is for the task to say
-        return made
 
     # -- parameters ------------------------------------------------------------------------------------------------------
 
@@ -168,7 +160,9 @@ class Resident:
         for given, known, what in ((own, state, "lacks"), (state, own, "has a tensor that the module does not know:")):
             lost = [n for n in given if n not in known]
             if lost:
-                raise Refused(f"{name}: {what} `{lost[0]}` ({len(lost)} in all)", hint="the module must name its tensors as the file")
+                raise Refused(
+                    f"{name}: {what} `{lost[0]}` ({len(lost)} in all)", hint="the module must name its tensors as the file"
+                )
         for key, value in state.items():
             if own[key].shape != value.shape:
                 raise Refused(f"{name}: `{key}` is {list(value.shape)}, the module's is {list(own[key].shape)}")
@@ -188,13 +182,12 @@ class Resident:
         if vocabulary is None:
             return tokenizer.directory
         key = f"{vocabulary.identity}\0{plan.donor.fingerprint}"
-        if key not in self._tokenizers:
-            folder = tempfile.TemporaryDirectory(prefix="surgery-tokenizer-")
+        if key not in self._written:
+            folder = self._written[key] = tempfile.TemporaryDirectory(prefix="surgery-tokenizer-")
             copy_sidecars(plan.donor, vocabulary.source or tokenizer, Path(folder.name))
             vocabulary.write(Path(folder.name), plan.donor)
             write_json(Path(folder.name) / "config.json", plan.config or {})
-            self._tokenizers[key] = folder, None
-        return Path(self._tokenizers[key][0].name)
+        return Path(self._written[key].name)
 
 
 def _places(module: Any, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,5 +223,7 @@ def _device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as problem:
-        raise Refused(f"--device {name}: not to be had here: {(str(problem).splitlines() or [''])[0]}", hint="leave it out") from None
+        raise Refused(
+            f"--device {name}: not to be had here: {(str(problem).splitlines() or [''])[0]}", hint="leave it out"
+        ) from None
     return name

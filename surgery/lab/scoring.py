@@ -20,9 +20,7 @@ def check_causal(task: Any, subject: Subject) -> None:
         raise task.refuse(f"{subject.name} is a {subject.kind}, which is no causal language model")
 
 
-def token_scores(
-    subject: Subject, ids: Sequence[list[int]], skipped: Sequence[int], batch: int | None = None
-) -> list[Array]:
+def token_scores(subject: Subject, ids: Sequence[list[int]], skipped: Sequence[int], batch: int | None = None) -> list[Array]:
     """Per text the log-probability (float64, nats) of each token from number `skipped` on, given all before it.
 
     skipped must be at least 1: nothing predicts the first token. batch: texts at a time; default what memory allows.

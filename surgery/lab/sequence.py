@@ -16,7 +16,8 @@ from surgery.lab.measures import table_of
 
 @dataclass
 class Forgetting:
-    """matrix[i][j]: the measure of the model after stage i on task j. All in the units of the measure, larger is better.
+    """matrix[i][j]: the measure of the model after stage i on task j. What follows is turned so that larger R is better
+    (R = -nll), but for `final`, which is the measure itself.
 
     backward_transfer: mean over earlier tasks of R[T, j] - R[j, j] (Lopez-Paz & Ranzato 2017, Gradient episodic memory).
     forgetting: mean over earlier tasks of max over stages before the last of R[i, j], less R[T, j] (Chaudhry et al. 2018,

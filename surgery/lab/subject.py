@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.sidecar import is_tokenizer
 from surgery.errors import Refused
 
 
@@ -16,7 +17,7 @@ class Subject:
     """module: in eval mode. name: for messages. config: of its config.json. files: the directory with its tokenizer.
 
     given_tokenizer: one to use in place of the files'. forward: how to call the module on a batch of images (or whatever the
-    task hands it); default `module(batch)`.
+    task hands it); default `module(batch)`. loaded: tokenizers by directory, shared by subjects that follow one another.
     """
 
     module: Any
@@ -26,18 +27,19 @@ class Subject:
     given_tokenizer: Any = None
     forward: Callable[[Any, Any], Any] | None = None
     device: str = "cpu"
+    loaded: dict[Path, Any] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Raises Refused where there is none that fits the model."""
         made = self.given_tokenizer if self.given_tokenizer is not None else self._load_tokenizer()
         rows = self.rows
-        known = getattr(made, "get_vocab", dict)()
+        known: dict[str, int] = getattr(made, "get_vocab", dict)()
         highest = max(known.values(), default=-1)
         if rows is not None and highest >= rows:
             word = next(w for w, i in known.items() if i == highest)
             raise Refused(
-                f"{self.name}: its tokenizer does not match: token {word!r} has number {highest}, the embedding has {rows} rows",
+                f"{self.name}: its tokenizer does not match: token {word!r} is number {highest}, the embedding has {rows} rows",
                 hint="take the tokenizer that the model was trained with",
             )
         if made.pad_token is None:
@@ -47,10 +49,12 @@ class Subject:
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        if self.files is None:
+        if self.files is None or not any(map(is_tokenizer, self.files.iterdir())):
             raise Refused(f"{self.name}: has no tokenizer", hint="tasks on text need one beside the weights")
         try:
-            return AutoTokenizer.from_pretrained(self.files, trust_remote_code=False)
+            if self.files not in self.loaded:
+                self.loaded[self.files] = AutoTokenizer.from_pretrained(self.files, trust_remote_code=False)
+            return self.loaded[self.files]
         except Exception as problem:
             first = (str(problem).splitlines() or [""])[0]
             raise Refused(f"{self.name}: its tokenizer cannot be loaded: {type(problem).__name__}: {first}") from None

@@ -116,7 +116,9 @@ def _dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:
-        raise Refused(f"{path}: a data set's folder needs the package datasets", hint="pip install datasets, or export it") from None
+        raise Refused(
+            f"{path}: a data set's folder needs the package datasets", hint="pip install datasets, or export it"
+        ) from None
     try:
         found = load_from_disk(str(path))
     except (FileNotFoundError, ValueError, KeyError) as problem:
@@ -132,7 +134,7 @@ def _named(features: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Class numbers as their names."""
     made = dict(row)
     for name, feature in features.items():
-        inner = getattr(feature, "feature", None)
+        inner: Any = getattr(feature, "feature", None)
         if hasattr(feature, "int2str") and isinstance(made[name], int) and made[name] >= 0:
             made[name] = feature.int2str(made[name])
         elif hasattr(inner, "int2str") and isinstance(made[name], list):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from surgery.lab.tasks import Task
 class Tokens(Task):
     """tokens, label: columns of lists, words and their tags. A word's first token decides; sentences are resampled whole."""
 
-    KEYS = {"tokens": str, "label": str, "labels": list, "length": int}
-    OUTCOME = Labelled
+    KEYS: ClassVar[Mapping[str, Any]] = {"tokens": str, "label": str, "labels": list, "length": int}
+    OUTCOME: ClassVar[type] = Labelled
 
     def run(self, subject: Subject, split: str) -> Labelled:
         import torch
@@ -37,12 +38,12 @@ class Tokens(Task):
         units = np.repeat(np.arange(len(rows)), [len(f) for f in firsts])
         return Labelled(np.concatenate(scores), labels, units, tuple(names))
 
-    def _tokenised(
-        self, subject: Subject, table: Table
-    ) -> tuple[list[dict[str, list[int]]], list[list[int]], list[list[int]]]:
+    def _tokenised(self, subject: Subject, table: Table) -> tuple[list[dict[str, list[int]]], list[list[int]], list[list[int]]]:
         """Model inputs; and per sentence the positions of tokens that begin a word, and the numbers of those words."""
         if not getattr(subject.tokenizer, "is_fast", False):
-            raise self.refuse(f"{subject.name}: its tokenizer cannot tell which token begins a word", hint="it needs a fast one")
+            raise self.refuse(
+                f"{subject.name}: its tokenizer cannot tell which token begins a word", hint="it needs a fast one"
+            )
         column = self.said.get("tokens", "tokens")
         words = table.column(column)
         for i, value in enumerate(words):
@@ -64,7 +65,9 @@ class Tokens(Task):
             return [str(n) for n in self.said["labels"]]
         known = getattr(getattr(subject.module, "config", None), "id2label", None) or {}
         if not subject.kind.endswith("ForTokenClassification"):
-            raise self.refuse(f"{subject.name} is a {subject.kind}, which gives words no class", hint="a model for token classification")
+            raise self.refuse(
+                f"{subject.name} is a {subject.kind}, which gives words no class", hint="a model for token classification"
+            )
         return [str(known[i]) for i in range(len(known))]
 
     def _labels(self, table: Table, names: list[str], numbers: list[list[int]]) -> Any:
@@ -72,12 +75,15 @@ class Tokens(Task):
         made = []
         for i, (tags, text, kept) in enumerate(zip(table.column(column), words, numbers, strict=True)):
             if not isinstance(tags, list) or len(tags) != len(text):
-                raise self.refuse(f"{table.name}: row {i + 1}: `{column}` must be a list with a tag for each of {len(text)} words")
+                raise self.refuse(
+                    f"{table.name}: row {i + 1}: `{column}` must be a list with a tag for each of {len(text)} words"
+                )
             for w in kept:
                 found = class_of(tags[w], names)
                 if found is None:
                     raise self.refuse(
-                        f"{table.name}: row {i + 1}: the model knows no label {tags[w]!r}", hint=f"it knows {', '.join(names[:12])}"
+                        f"{table.name}: row {i + 1}: the model knows no label {tags[w]!r}",
+                        hint=f"it knows {', '.join(names[:12])}",
                     )
                 made.append(found)
         return np.array(made)

@@ -37,7 +37,8 @@ def beside(
         known = evaluator.outcomes(reference, {t.name: split for t in evaluator.tasks})
     wanted = {t.name: measures_of(t, split, known is not None) for t in evaluator.tasks}
     splits = {
-        t.name: f"validation+{split}" if any(m.needs == "validation" for m in wanted[t.name]) else split for t in evaluator.tasks
+        t.name: f"validation+{split}" if any(m.needs == "validation" for m in wanted[t.name]) else split
+        for t in evaluator.tasks
     }
     reports, kept = [], {}
     for name, model in named.items():

@@ -14,6 +14,7 @@ from surgery.errors import Refused, did_you_mean
 Path_ = tuple[Any, ...]
 _MAX_NODES = 100_000  # a recipe is small; aliases can make a small file enormous
 _MAX_BYTES = 2_000_000  # parsing takes some hundred times the memory
+_MAX_DEPTH = 100  # libyaml's composer recurses in C, and would overflow the stack
 _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)  # of PyYAML, for values like 2024-13-45
 
 
@@ -40,6 +41,21 @@ def read_text(path: Path) -> str:
         raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
 
 
+def check_size(text: str, where: object) -> None:
+    """Refuse YAML with more nodes or levels than any recipe has, from its events: before anything is built of it."""
+    depth = count = 0
+    for event in yaml.parse(text, _Loader):
+        count += 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise Refused(f"{where}:{event.start_mark.line + 1}: nested too deeply: more than {_MAX_DEPTH} levels")
+        if count > 2 * _MAX_NODES:
+            raise Refused(f"{where}: too large: more than {_MAX_NODES} values")
+
+
 class Document:
     """`data` is what the file says; `place(path)` is `file:line:col` of the value at a path of keys and indices."""
 
@@ -50,6 +66,7 @@ class Document:
         self._count = 0
         loader = _Loader(self.text)
         try:
+            check_size(self.text, path)
             root = loader.get_single_node()
             self.data: Any = None if root is None else self._build(loader, root, (), ())
         except yaml.YAMLError as problem:
@@ -129,6 +146,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise Refused(f"--set {text}: expected KEY=VALUE", hint="for example --set steps.task.density=0.3")
     loader = _Loader(value)
     try:
+        check_size(value, f"--set {key.strip()}")
         return key.strip(), loader.get_single_data()
     except (yaml.YAMLError, RecursionError, *_WRONG):
         raise Refused(f"--set {text[:200]}: the value is not valid YAML") from None

@@ -1,5 +1,19 @@
-"""Fine-tuning on transformers' Trainer, with what weight surgery needs on top: masked updates, pulls towards the base, averages."""
+"""Fine-tuning on transformers' Trainer, with masked updates, pulls towards the base and averages on top."""
 
-from surgery.tuning.call import Tuned, tune
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.tuning.call import Tuned, tune
 
 __all__ = ["Tuned", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: a mistake in a tune file is said without waiting for torch.
+    if name in __all__:
+        from surgery.tuning import call
+
+        return getattr(call, name)
+    raise AttributeError(f"module 'surgery.tuning' has no attribute {name!r}")

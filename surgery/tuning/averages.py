@@ -49,7 +49,8 @@ class Average:
 class Ema(Average):
     """avg <- decay avg + (1 - decay) theta after every step, from theta_0 on. The result is the average.
 
-    From theta_0 on, as in momentum weight interpolation (Stojanovski et al. 2022, arXiv 2211.03186): a short run stays near it.
+    From theta_0 on, as in momentum weight interpolation (Stojanovski et al. 2022, arXiv 2211.03186): a short run stays near
+    it. With debias theta_0 has no share: the average is divided by 1 - decay^t, as Adam's moments are.
     """
 
     def __init__(self, parameters: Mapping[str, Any], **options: Any) -> None:
@@ -58,8 +59,12 @@ class Ema(Average):
 
     @torch.no_grad()
     def on_step(self, step: int, total: int, optimizer: Any) -> None:
+        decay = self.options["decay"]
+        share = 1.0 - decay
+        if self.options.get("debias"):
+            share /= 1.0 - decay**step
         for name, p in self.parameters.items():
-            self.average[name].lerp_(p.detach(), 1.0 - self.options["decay"])
+            self.average[name].lerp_(p.detach(), share)
 
     def finish(self) -> bool:
         self._assign(self.average)
@@ -147,8 +152,8 @@ class Elastic(Average):
 class Stock(Average):
     """Model Stock during training (Jang et al. 2024, arXiv 2403.19522): several models side by side, merged after every epoch.
 
-    The data is passed over `runs` times per epoch, each time by another model from the same start, in another order and with its
-    own optimizer moments. Then all are replaced by `stock(theta_0, models)`, per tensor. The result is the last merge.
+    The data is passed over `runs` times per epoch, each time by another model from the same start, in another order and with
+    its own optimizer moments. Then all are replaced by `stock(theta_0, models)`, per tensor. The result is the last merge.
     """
 
     def __init__(self, parameters: Mapping[str, Any], **options: Any) -> None:
@@ -173,10 +178,11 @@ class Stock(Average):
                 optimizer.state[p] = moments
 
     def _merged(self, name: str) -> Any:
-        from surgery import ops
+        from surgery.ops import registry
+        from surgery.ops.eager import apply_to_tensors
 
         p = self.parameters[name]
-        merged = ops.stock([self.base[name].cpu(), *(d[name].cpu() for d in self.done)])
+        merged = apply_to_tensors(registry["stock"], [self.base[name].cpu(), *(d[name].cpu() for d in self.done)], {})
         return merged.to(device=p.device, dtype=p.dtype)
 
     def state(self) -> dict[str, Any]:

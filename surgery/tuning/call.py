@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from surgery.errors import Failed, Refused
 from surgery.tuning.fit import Given, fit
@@ -18,10 +19,13 @@ from surgery.tuning.trainer import Diverged, Progress
 
 @dataclass
 class Tuned:
-    """model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
+    """What `tune` made.
+
+    model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
     trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
-    history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the validation
-    figures of the result, averages included."""
+    history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the
+    validation figures of the result, averages included.
+    """
 
     model: Any
     trained: list[str]
@@ -45,12 +49,13 @@ def tune(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Tuned:
-    """Fine-tune `model` in place on `dataset`, by the settings of a tune file: `method="half"`, `average={"ema": {…}}`, `lr=1e-3`…
+    """Fine-tune `model` in place on `dataset`.
 
-    model: a torch module in float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the
-    model's arguments, or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not
-    return their loss. metrics: of transformers' EvalPrediction. folder: where states are saved, so that `resume` can go on from
-    the last one; without it none are. progress: called with (step, steps, loss).
+    settings: those of a tune file: `method="half"`, `average={"ema": {"decay": 0.99}}`, `lr=1e-3`. model: a torch module in
+    float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the model's arguments,
+    or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not return it.
+    metrics: of transformers' EvalPrediction. folder: where states are saved, so that `resume` can go on from the last one;
+    without it none are. progress: called with (step, steps, loss).
 
     Raises Refused for settings and data that cannot be used, Failed when a loss is not finite: the model then holds the
     weights from before that step.
@@ -65,8 +70,11 @@ def tune(
                       hint="model.float()")  # fmt: skip
     if resume and folder is None:
         raise Refused("tune: there is nothing to resume without a folder")
+    own = not isinstance(model, PreTrainedModel)
+    if read.regularise.get("label_smoothing") and (own or loss is not None):
+        raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")
     given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics,
-                  around=None if loss is None else lambda inner: Supervised(inner, loss))  # fmt: skip
+                  around=(lambda inner: Supervised(inner, loss)) if own or loss is not None else None)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)
@@ -77,16 +85,21 @@ def tune(
 
 
 class Supervised(torch.nn.Module):
-    """A module with its loss, called as the Trainer calls models."""
+    """A module, and its loss unless it returns one, called as the Trainer calls models."""
 
-    def __init__(self, module: Any, loss: Callable[[Any, Any], Any]) -> None:
+    accepts_loss_kwargs = False  # the Trainer would guess so from **named, and not divide by the number of batches
+
+    def __init__(self, module: Any, loss: Callable[[Any, Any], Any] | None) -> None:
         super().__init__()
         self.module = module
         self._loss = loss
 
-    def forward(self, labels: Any = None, inputs: Any = None, **named: Any) -> dict[str, Any]:
-        made = self.module(**named) if inputs is None else self.module(inputs)
-        return {"loss": self._loss(made, labels), "logits": made} if labels is not None else {"logits": made}
+    def forward(self, **named: Any) -> Any:
+        if self._loss is None:
+            return self.module(**named)
+        labels = named.pop("labels")
+        made = self.module(named["inputs"]) if set(named) == {"inputs"} else self.module(**named)
+        return {"loss": self._loss(made, labels).clone(), "logits": made}  # the Trainer scales the loss in place
 
     def get_input_embeddings(self) -> Any:
         return self.module.get_input_embeddings()

@@ -129,7 +129,8 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
         elif settings.method == "sara":
             masks = methods.small(parts, settings.options["threshold"])
         elif settings.method == "spt" and not resumed:
-            masks = methods.sensitive(parts, lambda: _gradients(tuner, settings.options["batches"]), settings.options["density"])
+            batches, density = settings.options["batches"], settings.options["density"]
+            masks = methods.sensitive(parts, lambda: _gradients(tuner, batches), density)
         for name, mask in (masks or {}).items():
             tuner.masks.set(name, mask)
 
@@ -137,13 +138,14 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
 def _gradients(tuner: Tuner, batches: int) -> Iterator[None]:
     """One batch after the other, its gradient left in the parameters."""
     set_seed(tuner.settings.seed)
-    model = tuner.model
+    model: Any = tuner.model
     model.train()
     for i, inputs in enumerate(tuner.get_train_dataloader()):
         if i == batches:
             break
         model.zero_grad()
-        tuner.compute_loss(model, tuner._prepare_inputs(inputs)).backward()
+        loss: Any = tuner.compute_loss(model, tuner._prepare_inputs(inputs))
+        loss.backward()
         yield
     model.zero_grad()
 
@@ -181,17 +183,19 @@ def _far(
 
 def _renew_batch_norms(tuner: Tuner) -> None:
     """Running statistics of batch norms belong to the weights before averaging: measured anew in one pass over the data."""
-    norms = [m for m in tuner.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    model: Any = tuner.model
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
     if not norms:
         return
     was = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # a plain mean over batches
-    tuner.model.train()
+    model.train()
     with torch.no_grad():
         for inputs in tuner.get_train_dataloader():
-            tuner.compute_loss(tuner.model, tuner._prepare_inputs(inputs))
+            tuner.compute_loss(model, tuner._prepare_inputs(inputs))
     for m, momentum in zip(norms, was, strict=True):
         m.momentum = momentum
 

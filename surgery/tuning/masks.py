@@ -1,7 +1,7 @@
 """Training some entries of a tensor and keeping the others, to the bit.
 
-A mask is applied twice. To the gradient, before it is clipped, so that norms and moments see nothing but what is trained. And to
-the update, after the optimizer, because weight decay and momentum move entries whose gradient is zero.
+A mask is applied twice. To the gradient, before it is clipped, so that norms and moments see nothing but what is trained. And
+to the update, after the optimizer, because weight decay and momentum move entries whose gradient is zero.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
         return {n for n in names if parts.height(n) > low}
     if settings.method == "head":
         if not parts.head:
-            raise Refused("method: head: the model's head is its embeddings' own matrix", hint="method: {last: 1} trains a block")
+            raise Refused("method: head: the model has none, or it is the embeddings' own matrix",
+                          hint="method: {last: 1} trains a block")  # fmt: skip
         return set(parts.head)
     if settings.method == "bitfit":
         found = {n for n in names if n.rpartition(".")[2].startswith("bias") or n.endswith("_bias")}
@@ -121,6 +122,7 @@ def adapted(model: Any, options: Mapping[str, Any], kind: str | None) -> Any:
         if key not in takes:
             raise Refused(f"method.lora: {known[name].__name__} has no `{key}`", hint=did_you_mean(key, takes))
     try:
-        return peft.get_peft_model(model, known[name](**({"task_type": kind} if kind else {}), **options))
+        config: Any = known[name]
+        return peft.get_peft_model(model, config(**({"task_type": kind} if kind else {}), **options))
     except (ValueError, TypeError, KeyError) as problem:
         raise Refused(f"method.lora: {(str(problem).splitlines() or [''])[0]}") from None

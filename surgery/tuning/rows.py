@@ -106,7 +106,7 @@ class Examples:
 
 
 class Padded:
-    """Stacks examples to tensors, padded on the right to the longest: ids with `pad`, labels with -100, masks and types with 0."""
+    """Stacks examples to tensors, padded on the right to the longest: ids with `pad`, labels with -100, others with 0."""
 
     def __init__(self, pad: int) -> None:
         self._fill = {"input_ids": pad, "labels": -100}

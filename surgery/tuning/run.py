@@ -45,6 +45,8 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
     final = Path(out)
     if job.output == "delta" and final.suffix != ".safetensors":
         raise Refused(f"{out}: a delta package is a file", hint="-o NAME.delta.safetensors")
+    if job.output == "delta" and final.is_dir():
+        raise Refused(f"{out}: is a directory", hint="choose another -o")
     source = open_source(job.model)
     files = data_files(job.task)
     data = digests(files)
@@ -65,15 +67,18 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
         except Refused:
             output.abandon()
             raise
-        size, warnings = _write(job, source, task, fitted, data, output, overwrite)
+        size, warnings = _write(job, source, task, fitted, data, output)
     except BaseException:
         output.release()
         raise
     return Report(final, fitted, task, size, warnings)
 
 
-def _write(job: Job, source: Any, task: Task, fitted: Fitted, data: Any, output: Output, overwrite: bool) -> tuple[int, list[str]]:
-    folder, warnings = output.directory, []
+def _write(
+    job: Job, source: Any, task: Task, fitted: Fitted, data: Any, output: Output
+) -> tuple[int, list[str]]:
+    folder = output.directory
+    warnings: list[str] = []
     made = folder if job.output != "delta" else folder / "made"
     if job.output == "adapter":
         write_adapter(fitted.model, source, made)
@@ -85,8 +90,9 @@ def _write(job: Job, source: Any, task: Task, fitted: Fitted, data: Any, output:
         from surgery.delta.pack import pack
         from surgery.inputs import open_node
 
-        packed = pack(open_node(job.model), open_node(str(made)), output.final, overwrite=overwrite)
+        packed = pack(open_node(job.model), open_node(str(made)), folder / output.final.name)
         warnings += packed.warnings
+        packed.path.replace(output.final)
         output.abandon()
         return packed.size, warnings
     shutil.rmtree(folder / _STATES, ignore_errors=True)

@@ -27,7 +27,7 @@ _DENSITY = _number("Share of the entries that are trained.", default=0.05, above
 
 METHODS: dict[str, Schema] = {
     "full": {"const": None, "description": "Every tensor."},
-    "lora": {"type": "object", "description": "An adapter by peft; keys are those of its config. `peft_type` for others than LORA."},
+    "lora": {"type": "object", "description": "An adapter by peft; keys are its config's, and peft_type for others than LORA."},
     "head": {"const": None, "description": "What comes after the model proper: the classifier, the language model's head."},
     "last": _count("The last k blocks, and what comes after them."),
     "frozen": _count("Everything but the embeddings and the first k blocks."),
@@ -53,7 +53,12 @@ METHODS: dict[str, Schema] = {
 }
 
 AVERAGES: dict[str, Schema] = {
-    "ema": _map({"decay": _number("Weight of the average in each step.", default=0.999, low=0, below=1)}),
+    "ema": _map(
+        {
+            "decay": _number("Weight of the average in each step.", default=0.999, low=0, below=1),
+            "debias": {"type": "boolean", "default": False, "description": "Leave the base out of the average."},
+        }
+    ),
     "swa": _map(
         {
             "start": _number("Share of the training after which averaging starts.", default=0.5, low=0, below=1),

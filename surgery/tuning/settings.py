@@ -73,7 +73,7 @@ def read_job(data: Any, place: Place) -> Job:
     rest = {k: v for k, v in data.items() if k not in ("model", "task", "output")}
     settings = read_settings(rest, place)
     if output == "adapter" and settings.method != "lora":
-        raise Refused(f"{place('output')}: only `method: lora` makes an adapter", hint="output: delta is the small form of others")
+        raise Refused(f"{place('output')}: only `method: lora` makes an adapter", hint="output: delta is small as well")
     return Job(data["model"], task, settings, output)
 
 
@@ -87,7 +87,7 @@ def read_settings(data: Mapping[str, Any], place: Place) -> Settings:
             _check(schema, given, place, (key,))
         values[key] = schema.get("default") if given is None else given
     method, options = _choice("method", data.get("method", "full"), METHODS, place)
-    average, average_options = None, {}
+    average, average_options = None, dict[str, Any]()
     if data.get("average") is not None:
         average, average_options = _choice("average", data["average"], AVERAGES, place)
     regularise = _complete(REGULARISE, data.get("regularise") or {}, place, ("regularise",))

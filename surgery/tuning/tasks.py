@@ -161,11 +161,12 @@ class _Encoder:
     """Text to token ids, by the checkpoint's tokenizer; checks ids against the model's embeddings."""
 
     def __init__(self, source: Source, model: Any, length: int | None) -> None:
-        self._source, self._tokenizer = source, None
+        self._source = source
+        self._tokenizer: Any = None
         self._rows = model.get_input_embeddings().weight.shape[0]
         self._config = model.config
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        limit: int | None = getattr(model.config, "max_position_embeddings", None)
+        if limit and model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit = limit - (model.config.pad_token_id or 0) - 1  # their positions start behind the padding's
         if length is not None and limit and length > limit:
             raise Refused(f"task.length: {length} tokens, but {source.location} takes {limit} at most")
@@ -233,7 +234,10 @@ def _load(source: Source, auto: str, **config: Any) -> tuple[Any, set[str], list
 
     if source.directory is None or source.config is None:
         raise Refused(f"{source.location}: has no config.json", hint="fine-tuning needs a transformers checkpoint")
-    wide = any(t.dtype.name == "float64" for t in source.tensors.values())
+    types = {t.dtype.torch for t in source.tensors.values() if t.dtype.is_float}
+    if "quantization_config" in source.config or types - {"float64", "float32", "float16", "bfloat16"}:
+        raise Refused(f"{source.location}: is quantised", hint="fine-tune the model that it was made from")
+    wide = "float64" in types
     try:
         with quiet():
             model, report = getattr(transformers, auto).from_pretrained(
@@ -242,7 +246,7 @@ def _load(source: Source, auto: str, **config: Any) -> tuple[Any, set[str], list
             )  # fmt: skip
     except Exception as problem:
         first = (str(problem).splitlines() or [""])[0]
-        raise Refused(f"{source.location}: transformers cannot load it as {auto[9:]}: {type(problem).__name__}: {first}") from None
+        raise Refused(f"{source.location}: cannot be loaded {auto[9:]}: {type(problem).__name__}: {first}") from None
     mismatched = {str(entry[0] if isinstance(entry, tuple | list) else entry) for entry in report["mismatched_keys"]}
     new = (set(report["missing_keys"]) | mismatched) & {n for n, _ in model.named_parameters(remove_duplicate=False)}
     structure = structure_of({n: tuple(p.shape) for n, p in model.named_parameters()})

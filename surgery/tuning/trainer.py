@@ -40,9 +40,9 @@ class Tuner(Trainer):
         self.parts, self.settings = parts, settings
         super().__init__(
             model=model,
-            args=arguments(settings, passes, folder, save=save, evaluate=more.get("eval_dataset") is not None,
+            args=arguments(settings, passes, folder, evaluate=more.get("eval_dataset") is not None,
                            loss_only=more.get("compute_metrics") is None),
-            callbacks=[_Hooks(self)],
+            callbacks=[_Hooks(self, save)],
             **more,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
@@ -92,7 +92,7 @@ class Tuner(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Groups by weight decay (matrices only) and, with layer decay, by distance from the output."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups: dict[tuple[bool, int], list[Any]] = {}
             top = self.parts.depth + 1
             for name, p in self.trained.items():
@@ -138,7 +138,7 @@ class Tuner(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a saved state holds beside transformers' files: trained parameters, buffers, masks, averages, history."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(
             {
@@ -171,8 +171,8 @@ class Tuner(Trainer):
 class _Hooks(TrainerCallback):
     """What happens around updates, at the ends of epochs and after saving."""
 
-    def __init__(self, tuner: Tuner) -> None:
-        self._tuner = tuner
+    def __init__(self, tuner: Tuner, save: bool) -> None:
+        self._tuner, self._save = tuner, save
         self._since = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -192,10 +192,14 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         t = self._tuner
-        if t.average is not None:
-            t.average.on_step(state.global_step, state.max_steps, t.own_optimizer)
         if t.progress is not None:
             t.progress(state.global_step, state.max_steps, t.losses[-1])
+        if t.average is not None:
+            t.average.on_step(state.global_step, state.max_steps, t.own_optimizer)
+        # a state at the end of an epoch is saved after all that happens there, or resuming would leave it out
+        ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        every = t.settings.save_every
+        control.should_save = self._save and not ends and every is not None and state.global_step % every == 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         t = self._tuner
@@ -205,6 +209,7 @@ class _Hooks(TrainerCallback):
                               "loss": math.fsum(losses) / len(losses), "batches": len(t.losses)})  # fmt: skip
         if t.average is not None:
             t.average.on_epoch(state.global_step, state.max_steps, t.own_optimizer)
+        control.should_save = self._save and state.global_step % (t.settings.save_every or 1) == 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         if self._tuner.history:
@@ -226,7 +231,7 @@ def last_whole(folder: Path) -> str | None:
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
-def arguments(s: Settings, passes: float, folder: Path, *, save: bool, evaluate: bool, loss_only: bool) -> TrainingArguments:
+def arguments(s: Settings, passes: float, folder: Path, *, evaluate: bool, loss_only: bool) -> TrainingArguments:
     """Settings in transformers' terms. Raises Refused for a device that is absent and for unknown optimizers."""
     from transformers.training_args import OptimizerNames
 
@@ -262,8 +267,7 @@ def arguments(s: Settings, passes: float, folder: Path, *, save: bool, evaluate:
         label_names=["labels"],
         prediction_loss_only=loss_only,
         eval_strategy="epoch" if evaluate else "no",
-        save_strategy="no" if not save else "steps" if s.save_every else "epoch",
-        save_steps=s.save_every or 500,
+        save_strategy="no",  # the hooks say when
         save_total_limit=2,
         logging_strategy="no",
         logging_nan_inf_filter=False,

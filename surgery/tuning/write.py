@@ -30,7 +30,7 @@ def write_checkpoint(model: Any, source: Source, folder: Path) -> None:
     back is exact for all that was not trained. The model is changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {n: t.dtype.name for n, t in source.tensors.items() if t.dtype.name in _TYPES}
+    stored = {n: t.dtype.torch for n, t in source.tensors.items() if t.dtype.torch in _TYPES}
     counts: dict[str, int] = {}
     for name, dtype in stored.items():
         counts[dtype] = counts.get(dtype, 0) + source.tensors[name].numel
@@ -42,11 +42,19 @@ def write_checkpoint(model: Any, source: Source, folder: Path) -> None:
     model.config.dtype = _TYPES[common]
     with quiet():
         model.save_pretrained(folder)
+    _readable(folder)
     own = {name: (folder / name).read_bytes() for name in ("generation_config.json",) if (folder / name).exists()}
     copy_sidecars(source, source, folder)
     for name, content in own.items():
         if not (folder / name).exists():
             (folder / name).write_bytes(content)
+
+
+def _readable(folder: Path) -> None:
+    """Weight files with the permissions of the others: safetensors writes them for the owner alone."""
+    mode = next(folder.glob("*.json")).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _stored_name(name: str, stored: dict[str, str]) -> str:
@@ -66,6 +74,7 @@ def write_adapter(model: Any, source: Source, folder: Path) -> None:
         config.inference_mode = True
     with quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
+    _readable(folder)
     card = folder / "README.md"
     if card.exists():
         card.unlink()  # a template with nothing filled in
@@ -111,6 +120,9 @@ def digests(paths: list[Path]) -> list[dict[str, str]]:
     """Name and SHA-256 of every data file."""
     made = []
     for path in paths:
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            made.append({"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+            while block := file.read(1 << 20):
+                digest.update(block)
+        made.append({"file": path.name, "sha256": digest.hexdigest()})
     return made

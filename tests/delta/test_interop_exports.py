@@ -157,6 +157,10 @@ def apply_as_peft_does(base: dict[str, np.ndarray], folder: Path) -> dict[str, n
             product = scale * floats(b) @ floats(a)
             made[name] = floats(value) + (product.T if config["fan_in_fan_out"] else product)
             used |= {key + ".lora_A.weight", key + ".lora_B.weight"}
+        elif parameter == "bias" and key + ".base_layer.bias" in tensors:
+            assert config["bias"] == "all" and module in config["target_modules"]
+            made[name] = tensors[key + ".base_layer.bias"]
+            used.add(key + ".base_layer.bias")
         elif "base_model.model." + name in tensors:
             assert module in config["modules_to_save"]
             made[name] = tensors["base_model.model." + name]
@@ -190,12 +194,15 @@ def test_lora_loads_in_peft(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, attention_bias=True
+    )
     live = LlamaForCausalLM(config)
     live.save_pretrained(tmp_path / "a")
     with torch.no_grad():
         live.model.layers[0].self_attn.q_proj.weight += torch.randn(64, 2) @ torch.randn(2, 64)
         live.model.norm.weight += 1
+        live.model.layers[0].self_attn.q_proj.bias += 3
     live.save_pretrained(tmp_path / "b")
     export_lora(open_source(str(tmp_path / "a")), open_source(str(tmp_path / "b")), tmp_path / "lora", rank=2)
     adapted = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "a"), tmp_path / "lora")
@@ -216,15 +223,16 @@ def test_lora_from_codes_is_the_same(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
 
 
-def test_lora_of_a_module_whose_bias_changed_too_saves_it_whole(tmp_path: Path) -> None:
+def test_biases_come_along(tmp_path: Path) -> None:
     base = model()
     target = tuned(base)
     target["model.layers.0.self_attn.q_proj.bias"] = np.ones(HIDDEN, BF16)
+    target["model.layers.1.self_attn.q_proj.bias"] = np.ones(HIDDEN, BF16)  # of a module whose weight did not change
     report = export_lora(checkpoint(tmp_path / "a", base), checkpoint(tmp_path / "b", target), tmp_path / "lora", rank=4)
-    assert "model.layers.0.self_attn.q_proj" in report["modules_to_save"]
+    assert report["biases"] == ["model.layers.0.self_attn.q_proj.bias"]
+    assert "model.layers.1.self_attn.q_proj" in report["modules_to_save"]
     made = apply_as_peft_does(base, tmp_path / "lora")
-    for part in ("weight", "bias"):
-        name = f"model.layers.0.self_attn.q_proj.{part}"
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias"):
         np.testing.assert_array_equal(floats(made[name]), floats(target[name]))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
-from surgery.delta.codecs import ulp
+from surgery.delta.codecs import fast, ulp
 from surgery.delta.codecs.stream import Frames, Unframed, damaged
 
 Array = NDArray[Any]
@@ -56,8 +56,7 @@ def _keys(b: Array, classes: Array, row: int, dtype: DType) -> Array:
     assert form is not None
     keys = ulp.exponents(b, dtype)
     np.multiply(keys, np.int16(-2), out=keys)
-    offset = np.int16(2 * form.bias + 2 * form.mantissa + 16)
-    scales = np.where(classes == UNCHANGED, np.int16(-8192), np.clip(classes, -8192, 8192) + offset).astype(np.int16)
+    scales = _scales(classes, form)
     whole = len(keys) // row * row
     if whole:
         grid = keys[:whole].reshape(-1, row)
@@ -66,6 +65,75 @@ def _keys(b: Array, classes: Array, row: int, dtype: DType) -> Array:
         np.add(keys[whole:], scales[-1], out=keys[whole:])
     np.clip(keys, 0, 255, out=keys)
     return keys.astype(np.uint8)
+
+
+def _scales(classes: Array, form: ulp.Form) -> Array:
+    """The key of each row's numbers with exponent field 0, not clipped."""
+    offset = np.int16(2 * form.bias + 2 * form.mantissa + 16)
+    return np.where(classes == UNCHANGED, np.int16(-8192), np.clip(classes, -8192, 8192) + offset).astype(np.int16)
+
+
+class _Order:
+    """Numbers by block, key and position: where each group's go. `sizes`: numbers of each key; `cut` says what the groups are."""
+
+    def __init__(self, b: Array, classes: Array, row: int, dtype: DType) -> None:
+        self._keys = _keys(b, classes, row, dtype)
+        self._blocks = list(_in_order(self._keys))
+        self.sizes = np.diff(sum(bounds for _, _, bounds in self._blocks))
+
+    def cut(self, lasts: list[int]) -> Array:
+        """Numbers in each group; the groups' highest keys are `lasts`."""
+        self._edges = [0, *(last + 1 for last in lasts)]
+        return np.diff(np.concatenate([[0], np.cumsum(self.sizes)])[self._edges])
+
+    def grouped(self, values: Array) -> list[Array]:
+        blocks = [(values[here][order], bounds) for here, order, bounds in self._blocks]
+        return [np.concatenate([part[bounds[a] : bounds[z]] for part, bounds in blocks]) for a, z in pairwise(self._edges)]
+
+    def restored(self, members: list[Array], b: Array, dtype: DType) -> Array:
+        """Words with reference `b` whose differences are `members`, group by group."""
+        used = np.zeros(len(members), np.int64)
+        zigzag = np.empty(b.size, b.dtype)
+        for here, order, bounds in self._blocks:
+            counts = np.diff(bounds[self._edges])
+            mine = np.concatenate([m[u : u + n] for m, u, n in zip(members, used, counts, strict=True)])
+            used += counts
+            zigzag[here][order] = mine
+        return ulp.restored(zigzag, b, dtype)
+
+
+class _FastOrder(_Order):
+    """The same, compiled."""
+
+    def __init__(self, b: Array, classes: Array, row: int, dtype: DType) -> None:
+        form = ulp.form_of(dtype)
+        assert form is not None
+        self._keys = np.empty(b.size, np.uint8)
+        self._counts = np.zeros((-(-b.size // _BLOCK), 4, 256), np.uint32)
+        self._compiled, scales = fast.kernels(b.itemsize), _scales(classes, form)
+        self._compiled.count_keys(b, row, form.mantissa, (1 << form.exponent) - 1, scales, self._keys, self._counts)
+        self.sizes = self._counts.sum((0, 1), dtype=np.int64)
+
+    def cut(self, lasts: list[int]) -> Array:
+        sizes = super().cut(lasts)
+        self._group = np.repeat(np.arange(len(lasts), dtype=np.uint8), np.diff(self._edges))
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32)
+        return sizes
+
+    def grouped(self, values: Array) -> list[Array]:
+        made = np.empty_like(values)
+        self._compiled.scatter(self._keys, self._counts, self._group, self._starts, values, made)
+        return [made[a:z] for a, z in pairwise(self._starts)]
+
+    def restored(self, members: list[Array], b: Array, dtype: DType) -> Array:
+        made = np.empty_like(b)
+        flat = np.concatenate(members)
+        self._compiled.gather(self._keys, self._counts, self._group, self._starts, flat, b, made)
+        return made
+
+
+def _order(b: Array, classes: Array, row: int, dtype: DType) -> _Order:
+    return (_Order if fast.kernels(b.itemsize) is None else _FastOrder)(b, classes, row, dtype)
 
 
 def _context_row(row: int, count: int) -> int:
@@ -113,17 +181,13 @@ def encode(t: Array, b: Array, dtype: DType, row: int) -> bytes:
     with np.errstate(invalid="ignore", over="ignore"):
         classes = _classes(t, b, row, dtype)
     zigzag = ulp.differences(t, b, dtype)
-    keys = _keys(b, classes, row, dtype)
-    blocks = [(zigzag[here][order], bounds) for here, order, bounds in _in_order(keys)]
-    lasts = _cut(np.diff(sum(bounds for _, bounds in blocks)))
+    order = _order(b, classes, row, dtype)
+    lasts = _cut(order.sizes)
     if len(lasts) == 1:
         members = [zigzag]
     else:
-        edges = [0, *(last + 1 for last in lasts)]
-        members = [
-            np.concatenate([block[bounds[first] : bounds[end]] for block, bounds in blocks])
-            for first, end in pairwise(edges)
-        ]
+        order.cut(lasts)
+        members = order.grouped(zigzag)
     body = Frames()
     groups = [_encode_group(body, values) for values in members]
     head = [np.array([row], "<u2").view(np.uint8), classes.view(np.uint8), np.array([len(lasts) - 1], np.uint8)]
@@ -175,24 +239,36 @@ def _coded(frames: Frames, values: Array, shift: int, flags: int) -> bytes:
         frames.add(np.packbits(mask))
         values = values[mask]
         np.subtract(values, values.dtype.type(1), out=values)
-    high = np.right_shift(values, values.dtype.type(shift)) if shift else values
     limit = 15 if flags & PAIRED else 255
-    symbols = np.minimum(high, high.dtype.type(limit)).astype(np.uint8)
-    escaped = symbols == limit if values.itemsize > 1 or flags & PAIRED else None
+    compiled = fast.kernels(values.itemsize)
+    if compiled is not None:
+        symbols = np.empty(len(values), np.uint8)
+        full = compiled.symbols_of(values, shift, limit, symbols)
+    else:
+        high = np.right_shift(values, values.dtype.type(shift)) if shift else values
+        symbols = np.minimum(high, high.dtype.type(limit)).astype(np.uint8)
+        full = np.count_nonzero(symbols == limit)
+    escapes = values[symbols == limit] if full and (values.itemsize > 1 or flags & PAIRED) else None
     if flags & PAIRED:
         symbols = np.append(symbols, np.uint8(0)) if len(symbols) % 2 else symbols
         symbols = np.bitwise_or(np.left_shift(symbols[0::2], np.uint8(4)), symbols[1::2])
     frames.add(symbols)
-    if escaped is not None and escaped.any():
-        frames.add(values[escaped].view(np.uint8))
-    if shift:
-        low = values
-        for _ in range(shift // 8):
-            frames.add(low.astype(np.uint8))
-            low = np.right_shift(low, low.dtype.type(8))
-        top = low.astype(np.uint8)
-        for bit in range(shift % 8):  # packed: in bytes of one bit each, zstd would take chance matches for structure
-            frames.add(np.packbits(np.bitwise_and(top, np.uint8(1 << bit)) != 0))
+    if escapes is not None:
+        frames.add(escapes.view(np.uint8))
+    low = values
+    for _ in range(shift // 8):
+        frames.add(low.astype(np.uint8))
+        low = np.right_shift(low, low.dtype.type(8))
+    if shift % 8:  # packed: in bytes of one bit each, zstd would take chance matches for structure
+        top = np.zeros(-(-len(low) // 8) * 8, np.uint8)
+        np.copyto(top[: len(low)], low, casting="unsafe")
+        plane = np.empty(len(top) // 8, np.uint8)
+        for bit in range(shift % 8):
+            if compiled is not None:
+                compiled.pack_bit(top, bit, plane)
+            else:
+                plane = np.packbits(np.bitwise_and(top, np.uint8(1 << bit)) != 0)
+            frames.add(plane)
     return frames.take()
 
 
@@ -213,52 +289,69 @@ def decode(frames: Unframed, b: Array, dtype: DType) -> Array:
         raise damaged("a group of an unknown kind")
     if count == 1:
         return ulp.restored(_get(frames, b.size, groups[0], b.dtype), b, dtype)
-    edges = [0, *(last + 1 for last in lasts)]
-    blocks = [(here, order, bounds[edges]) for here, order, bounds in _in_order(_keys(b, classes, row, dtype))]
-    sizes = np.diff(sum(ends for _, _, ends in blocks))
-    members = [_get(frames, int(size), group, b.dtype) for size, group in zip(sizes, groups, strict=True)]
-    used = np.zeros(count, np.int64)
-    zigzag = np.empty(b.size, b.dtype)
-    for here, order, ends in blocks:
-        counts = np.diff(ends)
-        mine = np.concatenate([m[u : u + n] for m, u, n in zip(members, used, counts, strict=True)])
-        used += counts
-        zigzag[here][order] = mine
-    return ulp.restored(zigzag, b, dtype)
+    order = _order(b, classes, row, dtype)
+    members = [_get(frames, int(size), group, b.dtype) for size, group in zip(order.cut(lasts), groups, strict=True)]
+    return order.restored(members, b, dtype)
 
 
 def _get(frames: Unframed, size: int, group: _Group, kind: Any) -> Array:
     mask = None
     wanted = size
     if group.flags & MASKED:
-        mask = np.unpackbits(frames.take(-(-size // 8)), count=size).view(bool)
+        packed = frames.take(-(-size // 8))
+        mask = np.unpackbits(packed, count=size).view(bool)
         wanted = int(np.count_nonzero(mask))
+    compiled = fast.kernels(kind.itemsize)
     if group.flags & PAIRED:
-        both, limit = frames.take(-(-wanted // 2)), 15
-        symbols = np.empty(2 * len(both), np.uint8)
-        np.right_shift(both, np.uint8(4), out=symbols[0::2])
-        np.bitwise_and(both, np.uint8(15), out=symbols[1::2])
-        symbols = symbols[:wanted]
+        symbols, limit = _halves(frames.take(-(-wanted // 2)), compiled)[:wanted], 15
     else:
         symbols, limit = frames.take(wanted), 255
-    values = symbols.astype(kind)
-    if kind.itemsize > 1 or group.flags & PAIRED:
+    if kind.itemsize == 1 and not group.flags & PAIRED:
+        values = symbols
+    else:
         escaped = np.flatnonzero(symbols == limit)
         full = frames.take(len(escaped), kind) if len(escaped) else None
-        if group.shift:
-            np.left_shift(values, kind.type(group.shift), out=values)
-            whole, bits = divmod(group.shift, 8)
-            for i in range(whole):
-                np.bitwise_or(values, np.left_shift(frames.take(wanted).astype(kind), kind.type(8 * i)), out=values)
-            top = np.zeros(wanted, np.uint8)
-            for bit in range(bits):
-                plane = np.unpackbits(frames.take(-(-wanted // 8)), count=wanted)
-                np.bitwise_or(top, np.left_shift(plane, np.uint8(bit), out=plane), out=top)
-            np.bitwise_or(values, np.left_shift(top.astype(kind), kind.type(8 * whole)), out=values)
+        values = _joined(frames, symbols, group.shift, kind, compiled)
         if full is not None:
             values[escaped] = full
     if mask is None:
         return values
     made = np.zeros(size, kind)
-    made[mask] = np.add(values, kind.type(1), out=values)
+    if compiled is not None:
+        compiled.unmask(packed, np.append(values, kind.type(0)), made)
+    else:
+        made[mask] = np.add(values, kind.type(1), out=values)
     return made
+
+
+def _halves(both: Array, compiled: Any) -> Array:
+    """Symbols that lie two to a byte."""
+    symbols = np.empty(2 * len(both), np.uint8)
+    if compiled is not None:
+        compiled.halves(both, symbols.view("<u2"))
+    else:
+        np.right_shift(both, np.uint8(4), out=symbols[0::2])
+        np.bitwise_and(both, np.uint8(15), out=symbols[1::2])
+    return symbols
+
+
+def _joined(frames: Unframed, symbols: Array, shift: int, kind: Any, compiled: Any) -> Array:
+    """Symbols with the `shift` bits below them."""
+    count, (whole, some) = len(symbols), divmod(shift, 8)
+    if compiled is not None:
+        planes = frames.take(whole * count).reshape(whole, count)
+        bits = frames.take(some * -(-count // 8)).reshape(some, -(-count // 8))
+        values = np.empty(count, kind)
+        compiled.join(symbols, planes, bits, values)
+        return values
+    values = symbols.astype(kind)
+    if shift:
+        np.left_shift(values, kind.type(shift), out=values)
+        for i in range(whole):
+            np.bitwise_or(values, np.left_shift(frames.take(count).astype(kind), kind.type(8 * i)), out=values)
+        top = np.zeros(count, np.uint8)
+        for bit in range(some):
+            plane = np.unpackbits(frames.take(-(-count // 8)), count=count)
+            np.bitwise_or(top, np.left_shift(plane, np.uint8(bit), out=plane), out=top)
+        np.bitwise_or(values, np.left_shift(top.astype(kind), kind.type(8 * whole)), out=values)
+    return values

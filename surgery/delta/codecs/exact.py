@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
-from surgery.delta.codecs import context, ulp
+from surgery.delta.codecs import context, fast, ulp
 from surgery.delta.codecs.stream import Frames, Unframed, damaged
 
 Array = NDArray[Any]
@@ -103,6 +103,12 @@ def _smaller(made: bytes, t: Array, dtype: DType) -> bytes:
 
 def _planes(words: Array) -> Iterator[Array]:
     """Bytes of equal weight, the highest first."""
+    compiled = fast.kernels(words.itemsize)
+    if compiled is not None and words.itemsize == 2:
+        both = np.empty((2, words.size), np.uint8)
+        compiled.split2(words, both[0], both[1])
+        yield from both
+        return
     split = words.view(np.uint8).reshape(-1, words.itemsize)
     for i in reversed(range(words.itemsize)):
         yield split[:, i]
@@ -110,6 +116,10 @@ def _planes(words: Array) -> Iterator[Array]:
 
 def _from_planes(frames: Unframed, kind: Any, count: int) -> Array:
     made = np.empty(count, kind)
+    compiled = fast.kernels(made.itemsize)
+    if compiled is not None and made.itemsize == 2:
+        compiled.merge2(frames.take(count), frames.take(count), made)
+        return made
     split = made.view(np.uint8).reshape(count, made.itemsize)
     for i in reversed(range(made.itemsize)):
         split[:, i] = frames.take(count)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
+from surgery.delta.codecs import fast
 
 Array = NDArray[Any]
 
@@ -55,6 +56,11 @@ def words(raw: Array, dtype: DType) -> Array:
 
 def differences(target: Array, base: Array, dtype: DType) -> Array:
     """Zigzag differences of two arrays of `words`, in order of value."""
+    compiled = fast.kernels(target.itemsize)
+    if compiled is not None:
+        made = np.empty(target.size, target.dtype)
+        compiled.differences(target, base, form_of(dtype) is not None, made)
+        return made
     if form_of(dtype) is not None:
         target, base = _ordered(target), _ordered(base)
     bits = 8 * target.itemsize
@@ -67,6 +73,10 @@ def differences(target: Array, base: Array, dtype: DType) -> Array:
 
 def restored(zigzag: Array, base: Array, dtype: DType) -> Array:
     """What `differences` was made of: the target's words. `zigzag` is used up."""
+    compiled = fast.kernels(base.itemsize)
+    if compiled is not None:
+        compiled.restore(zigzag, base, form_of(dtype) is not None)
+        return zigzag
     one = zigzag.dtype.type(1)
     sign = np.bitwise_and(zigzag, one)
     np.negative(sign, out=sign)
@@ -107,6 +117,11 @@ def values(words: Array, dtype: DType) -> Array:
 
     name = component(dtype)[0]
     if name == "BF16":
+        compiled = fast.kernels(2)
+        if compiled is not None:
+            wide = np.empty(words.size, np.uint32)
+            compiled.widen_bf16(words, wide)
+            return wide.view(np.float32)
         return np.left_shift(words, 16, dtype=np.uint32).view(np.float32)
     kinds = {
         "F64": np.float64,

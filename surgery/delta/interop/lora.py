@@ -1,8 +1,8 @@
 """A delta as a PEFT LoRA adapter: low-rank factors for linear layers, `modules_to_save` for all else that changed.
 
 Factors are those of the codec `lowrank/1` (B A = delta, lora_alpha = r, so the scale is 1), written in float32: exactly what
-the codec decodes to. Whatever has no low-rank form (embeddings, norms, biases, convolutions) is saved whole, module by module,
-because PEFT replaces whole modules.
+the codec decodes to. Biases of those layers come along as they are. Whatever else changed (embeddings, norms, convolutions) is
+saved whole, module by module, because PEFT replaces whole modules.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_
         left, right = factors(one, target.tensors[name].shape)
         if left.shape[1]:
             pairs[_module(name)] = (right.T, left.T) if turned else (left, right)
-    whole = sorted({_module(n) for n in changed if n not in coded})
+    biases = [n for n in changed if n.endswith(".bias") and _module(n) in pairs]
+    whole = sorted({_module(n) for n in changed if n not in coded and n not in biases})
     for module in [m for m in whole if m in pairs]:
-        del pairs[module]  # its bias changed too: PEFT has one or the other
+        del pairs[module]  # something else of it changed: PEFT has one or the other
+    biases = [n for n in biases if _module(n) in pairs]
     whole = [m for m in whole if m]
     _check_modules(changed, target)
     rank = max((b.shape[1] for b, _ in pairs.values()), default=1)
@@ -80,6 +82,11 @@ def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_
         for part, values in (("lora_A", a), ("lora_B", b)):
             data = np.ascontiguousarray(values, dtype="<f4")
             tensors.append((f"{_PREFIX}{module}.{part}.weight", "F32", data.shape, data.tobytes()))
+    for name in biases:
+        stored = target.tensors[name]
+        tensors.append(
+            (f"{_PREFIX}{_module(name)}.base_layer.bias", stored.dtype.name, stored.shape, target.bytes(name).tobytes())
+        )
     for module in whole:
         for name, stored in target.tensors.items():
             if _module(name) == module:
@@ -96,7 +103,7 @@ def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_
         "alpha_pattern": dict(ranks),
         "target_modules": sorted(pairs),
         "modules_to_save": whole or None,
-        "bias": "none",
+        "bias": "all" if biases else "none",  # PEFT's word for: biases come along
         "fan_in_fan_out": turned,
         "lora_dropout": 0.0,
         "use_rslora": False,
@@ -107,7 +114,7 @@ def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_
         write_safetensors(room / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(room / "adapter_config.json", config)
     errors = {n: {"rank": c.facts["rank"], **c.facts["error"]} for n, c in coded.items() if _module(n) in pairs}
-    return {"targets": errors, "modules_to_save": whole, "nbytes": sum(len(t[3]) for t in tensors)}
+    return {"targets": errors, "biases": biases, "modules_to_save": whole, "nbytes": sum(len(t[3]) for t in tensors)}
 
 
 def _module(name: str) -> str:

@@ -15,7 +15,7 @@ from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
 from surgery.delta.lossy.common import Array, Codec, Parts, rows_of
 
-PER = {"enum": ["tensor", "row"], "default": "row", "description": "one scale for the tensor, or one per row"}
+PER = {"enum": ["tensor", "row"], "default": "tensor", "description": "one scale for the tensor, or one per row"}
 
 
 @lossy

@@ -69,7 +69,7 @@ class Mask:
 @lossy
 class Ternary(Codec):
     name = "ternary/1"
-    options = MappingProxyType({"density": DENSITY, "scale": scales.SCALE, "per": {**PER, "default": "tensor"}})
+    options = MappingProxyType({"density": DENSITY, "scale": scales.SCALE, "per": PER})
 
     def pack(self, x: Array, key: str, **options: Any) -> Parts:
         rows, length = rows_of(x.shape)

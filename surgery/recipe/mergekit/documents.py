@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from surgery.errors import Refused
-from surgery.recipe.document import Document, _Loader
+from surgery.recipe.document import Document, _Loader, check_size, read_text
 
 MARK = "merge_method"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -52,14 +52,15 @@ def read_documents(path: Path) -> list[Part] | None:
     Raises Refused for what is no YAML in a file that may be of the dialect.
     """
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(path)
+    except Refused:
         return None  # the reader of native recipes says what is wrong
     if MARK not in text:
         return None
     loader = _Loader(text)
     parts = []
     try:
+        check_size(text, path)
         while loader.check_node():
             node = loader.get_node()
             parts.append(Part(path, text, loader, node))

@@ -1,0 +1,1 @@
+"""What singular values say of a fine-tune, matrix by matrix."""

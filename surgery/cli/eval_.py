@@ -1,0 +1,139 @@
+"""surgery eval MODEL... --tasks TASKS"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from surgery.cli.options import JSON, SET, print_json
+
+
+def resident_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the live model is held."""
+    for option in reversed(
+        [
+            click.option("--memory", metavar="SIZE", help="For what is kept; default a quarter of the machine's."),
+            click.option("--threads", type=click.IntRange(1), help="Workers; default the processors at hand."),
+            click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default the weights'."),
+            click.option("--device", default="cpu", show_default=True, help="Where the model runs, as torch calls it."),
+            click.option("--module", metavar="FILE.py:FUNCTION", help="FUNCTION(config) builds the torch module."),
+            click.option("--resamples", default=1000, show_default=True, type=click.IntRange(10), help="Of the bootstrap."),
+            click.option("--level", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999), help="Of confidence."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def make_resident(memory: str | None, threads: int | None, dtype: str | None, device: str, module: str | None) -> Any:
+    from transformers.utils import logging
+
+    from surgery.checkpoint.layout import parse_size
+    from surgery.lab.resident import Resident
+
+    logging.disable_progress_bar()
+    size = None if memory is None else parse_size(memory)
+    return Resident(memory=size, threads=threads, dtype=dtype, device=device, build=_function(module))
+
+
+def _function(said: str | None) -> Any:
+    from surgery.errors import Refused
+
+    if said is None:
+        return None
+    file, colon, name = said.rpartition(":")
+    if not colon:
+        raise Refused(f"--module {said}: expected FILE.py:FUNCTION")
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as problem:
+        raise Refused(f"--module {said}: {type(problem).__name__}: {problem}") from problem
+    if not callable(found):
+        raise Refused(f"--module {said}: {file} defines no function {name}(config)")
+
+    def build(config: Any) -> Any:
+        try:
+            return found(config)
+        except Exception as problem:
+            raise Refused(f"--module {said}: {name}() failed: {type(problem).__name__}: {problem}") from problem
+
+    return build
+
+
+@click.command("eval")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--tasks", required=True, type=click.Path(dir_okay=False), help="The tasks file.")
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
+@click.option("--reference", metavar="MODEL", help="Differences from this model, KL, and agreement with it.")
+@click.option("--ensemble", is_flag=True, help="Also the averaged logits of all models after the first.")
+@click.option("--stages", is_flag=True, help="The models are one model after each task: forgetting, backward transfer.")
+@click.option("--measure", default="accuracy", show_default=True, help="What --stages is about.")
+@SET
+@resident_options
+@JSON
+def command(
+    models: tuple[str, ...],
+    tasks: str,
+    split: str,
+    reference: str | None,
+    ensemble: bool,
+    stages: bool,
+    measure: str,
+    overrides: tuple[str, ...],
+    resamples: int,
+    level: float,
+    as_json: bool,
+    **held: Any,
+) -> None:
+    """Evaluate checkpoints and recipes (.yaml) on tasks. A recipe is evaluated without being written.
+
+    \b
+    Example:
+      surgery eval merge.yaml --tasks tasks.yaml --set steps.merged.weight=0.4
+      surgery eval merge.yaml math/ code/ --tasks tasks.yaml --reference base/ --ensemble
+    """
+    from surgery.errors import Refused
+    from surgery.lab.bootstrap import Settings
+    from surgery.lab.evaluation import is_recipe
+    from surgery.lab.render import table
+    from surgery.lab.together import _named, beside
+    from surgery.recipe.document import parse_override
+    from surgery.recipe.native import read_recipe
+
+    changed = dict(parse_override(text) for text in overrides)
+    if changed and not any(is_recipe(m) for m in models):
+        raise Refused("--set changes recipes; none is given")
+    if ensemble and len(models) < 3:
+        raise Refused(
+            "--ensemble needs a model, and two or more after it to average", hint="surgery eval merge.yaml a/ b/ --ensemble"
+        )
+    settings = Settings(resamples, level)
+    named = {n: read_recipe(m, changed) if is_recipe(m) else m for n, m in _named(models).items()}
+    reports = beside(
+        named,
+        tasks,
+        split=split,
+        reference=reference,
+        ensemble_of=list(named)[1:] if ensemble else (),
+        resident=make_resident(**held),
+        settings=settings,
+    )
+    lost = None
+    if stages:
+        from surgery.lab.sequence import forgetting
+
+        lost = forgetting(reports[: len(models)], measure, settings)
+    if as_json:
+        print_json({"models": [r.as_dict() for r in reports]} | ({"stages": lost.as_dict()} if lost else {}))
+        return
+    click.echo(table(reports))
+    if lost is not None:
+        from surgery.lab.render import shown
+
+        click.echo(f"\nafter {len(lost.tasks)} stages ({measure}, the last model):")
+        for name in ("final", "forgetting", "backward_transfer"):
+            click.echo(f"  {name.replace('_', ' '):18} {shown(getattr(lost, name))}")
+    click.echo(f"\nintervals: {level:.0%}, bootstrap with {resamples} resamples")

@@ -1,0 +1,103 @@
+"""surgery sweep SWEEP [-o DIR]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from surgery.cli.eval_ import make_resident, resident_options
+from surgery.cli.options import JSON, print_json
+
+
+@click.command("sweep")
+@click.argument("sweep", type=click.Path(dir_okay=False))
+@click.option("-o", "--out", type=click.Path(), help="Directory for results; default SWEEP without its ending, here.")
+@click.option("--resume", is_flag=True, help="Go on with a sweep that was stopped.")
+@resident_options
+@click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+@JSON
+def command(
+    sweep: str, out: str | None, resume: bool, resamples: int, level: float, quiet: bool, as_json: bool, **held: Any
+) -> None:
+    """Search the numbers of a recipe that make the best model: chosen on validation, reported once on test.
+
+    No trial writes a model; best.yaml in DIR is the recipe to run. A sweep that was killed goes on with --resume.
+
+    \b
+    Example:
+      surgery sweep weights.yaml -o found/
+      surgery run found/best.yaml -o merged/
+    """
+    from surgery.lab.bootstrap import Settings
+    from surgery.lab.search import sweep as carry_out
+
+    with _progress(show=not quiet) as told:
+        made = carry_out(
+            sweep, out, resume=resume, resident=make_resident(**held), settings=Settings(resamples, level), told=told
+        )
+    if as_json:
+        print_json(made.as_dict())
+    elif not quiet:
+        click.echo(summary(made))
+
+
+def summary(made: Any) -> str:
+    """What was tried, what was chosen, and how it does on test."""
+    from surgery.lab.bootstrap import Estimate
+    from surgery.lab.render import columns, shown
+
+    def text(found: dict[str, Any]) -> str:
+        value, low, high = (float("nan") if found[k] is None else found[k] for k in ("value", "low", "high"))
+        return shown(Estimate(value, low, high, found["units"]))
+
+    chosen = made.chosen
+    failed = f", {made.failed} failed" if made.failed else ""
+    lines = [f"{len(made.trials)} trials by {made.method}{failed}; trial {chosen.number} was chosen on validation:"]
+    lines += [f"  {key}: {_short(value)}" for key, value in chosen.params.items()]
+    rows = [["", "validation", "test"]]
+    for task, measure in made.objective.items():
+        test = made.test.get(task, {}).get("measures", {}).get(measure)
+        rows.append([f"  {task} {measure}", text(chosen.values[task][measure]), text(test) if test else "-"])
+    lines += columns(rows)
+    if len(made.objective) > 1:
+        lines.append(f"not beaten in every objective (Pareto front): trials {', '.join(str(t.number) for t in made.front)}")
+    lines.append(f"{made.out}: best.yaml, results.csv, results.json")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _progress(*, show: bool) -> Iterator[Any]:
+    if not show:
+        yield None
+        return
+    if not sys.stderr.isatty():
+
+        def plain(trial: Any, best: Any, total: int | None) -> None:
+            of = f" of {total}" if total is not None else ""
+            click.echo(f"trial {trial.number}{of}: {_state(trial)}; best {_state(best)}", err=True)
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (BarColumn(), MofNCompleteColumn(), TextColumn("trials, best {task.description}"), TimeRemainingColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda trial, best, total: progress.update(
+            task, total=total, completed=trial.number, description=_state(best)
+        )
+
+
+def _state(trial: Any) -> str:
+    if trial is None:
+        return "none yet"
+    return f"failed: {trial.error}" if trial.score is None else f"{trial.score:.4f} ({trial.seconds:.1f} s)"

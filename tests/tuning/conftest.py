@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+import tuning_models as models
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bert, bert16 (bfloat16), llama, tied (a llama whose head is its embeddings), train.csv, text.txt."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("tuning")
+    models.bert(folder / "bert")
+    models.bert(folder / "bert16", torch.bfloat16)
+    models.llama(folder / "llama")
+    models.llama(folder / "tied", tie_word_embeddings=True)
+    models.csv(folder / "train.csv")
+    models.text(folder / "text.txt")
+    return folder
