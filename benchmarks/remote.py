@@ -1,6 +1,6 @@
 """Measure merging models that lie behind a network: a web server on this machine, with latency and a bound on its rate.
 
-    python benchmarks/remote.py                                  # two models of 400 MB at 200 MB/s and 30 ms
+    python benchmarks/remote.py                                  # two models of 600 MB at 200 MB/s and 30 ms
     python benchmarks/remote.py --megabytes 100 --rate 50 --latency 100
 
 * merge: `surgery run` of an average of two models, straight from the server; against the time that their bytes take at the
@@ -32,7 +32,7 @@ SHARDS = 163
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=400, help="of each of the two models")
+    parser.add_argument("--megabytes", type=int, default=600, help="of each of the two models")
     parser.add_argument("--rate", type=float, default=200.0, help="MB/s that the server sends in all")
     parser.add_argument("--latency", type=float, default=30.0, help="milliseconds before each answer")
     parser.add_argument("--runs", type=int, default=3)
@@ -53,9 +53,8 @@ def bench(work: Path, asked: argparse.Namespace) -> int:
     size = sum(make(work / "web" / name, asked.megabytes, shards=2) for name in "ab")
     make(work / "web" / "many", 1, shards=SHARDS)
     options = ["--rate", str(asked.rate), "--latency", str(asked.latency)]
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(work / "web"), *options], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, "--serve", str(work / "web"), *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
     assert server.stdout is not None and server.stdin is not None
     try:
         url = server.stdout.readline().strip()
@@ -63,19 +62,20 @@ def bench(work: Path, asked: argparse.Namespace) -> int:
             f"models: {{a: {url}/a/, b: {url}/b/}}\nsteps:\n  m: {{op: average, of: [a, b]}}\noutput: {{from: m}}\n"
         )
         (work / "many.yaml").write_text(
-            f"models: {{m: {url}/many/}}\nsteps:\n  s: {{op: scale, of: m, factor: 1.0}}\noutput: {{from: m}}\n"
+            f"models: {{m: {url}/many/}}\noutput: {{from: m}}\n"
         )
         limit = size / (asked.rate * 1e6)
-        merges, peaks, sent, requests = [], [], 0, 0
+        merges, inner, peaks, sent, requests = [], [], [], 0, 0
         for _ in range(asked.runs):
             shutil.rmtree(work / "out", ignore_errors=True)
             before = state(url)
-            run = measure([sys.executable, "-m", "surgery.cli", "run", work / "merge.yaml", "-o", work / "out", "-q"])
+            run = measure([sys.executable, "-m", "surgery.cli", "run", work / "merge.yaml", "-o", work / "out"])
             after = state(url)
             if not run.ok:
                 print(run.log, file=sys.stderr)
                 return 1
             merges.append(run.seconds)
+            inner.append(float(run.log.rpartition(" in ")[2].partition(" s ")[0]))
             peaks.append(run.peak_mb)
             sent, requests = after["sent"] - before["sent"], after["requests"] - before["requests"]
         began = time.perf_counter()
@@ -95,6 +95,8 @@ def bench(work: Path, asked: argparse.Namespace) -> int:
     print(f"| limit: {size / 1e6:.0f} MB at the server's rate | {limit:.2f} | 1.00 |")
     print(f"| fetched, nothing done with it | {fetched:.2f} | {fetched / limit:.2f} |")
     print(f"| merge, whole process | {merge:.2f} ({min(merges):.2f} to {max(merges):.2f}) | {merge / limit:.2f} |")
+    running = statistics.median(inner)
+    print(f"| of which running, without start and planning | {running:.2f} | {running / limit:.2f} |")
     print(f"\n{requests} requests, {sent / size:.3f} of the weights' bytes sent, peak memory {max(peaks):.0f} MB")
     seconds = statistics.median(p.seconds for p in plans)
     print(f"`plan` of {SHARDS} shards: {seconds:.2f} s ({'ok' if all(p.ok for p in plans) else plans[0].reason})")
@@ -114,7 +116,8 @@ def make(folder: Path, megabytes: int, *, shards: int) -> int:
         shape = [rows, 2048] if megabytes > 1 else [2, 2]
         length = 2 * shape[0] * shape[1]
         names = [f"model.layers.{shard * each + i}.mlp.up_proj.weight" for i in range(each)]
-        entries = {n: {"dtype": "BF16", "shape": shape, "data_offsets": [i * length, (i + 1) * length]} for i, n in enumerate(names)}
+        places = [[i * length, (i + 1) * length] for i in range(each)]
+        entries = {n: {"dtype": "BF16", "shape": shape, "data_offsets": p} for n, p in zip(names, places, strict=True)}
         header = json.dumps(entries).encode()
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(header)) + header)

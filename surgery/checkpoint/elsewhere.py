@@ -26,7 +26,7 @@ _KNOWN = (  # what is looked for on a web server, which does not say what it has
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "README.md",
-    "LICENSE", "LICENSE.txt", "NOTICE",
+    "LICENSE", "LICENSE.txt", "NOTICE", "surgery.json",
 )  # fmt: skip
 
 

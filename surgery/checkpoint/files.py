@@ -62,8 +62,9 @@ def small_text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise Refused(f"{path}: is not a plain file", hint="do not use this checkpoint")
     with open(path, "rb") as file:
-        raw = file.read(MAX_TEXT + 1)
-    if len(raw) > MAX_TEXT:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(size) if size <= MAX_TEXT else b""  # a size is allocated before it is read
+    if size > MAX_TEXT:
         raise Refused(f"{path}: is larger than {MAX_TEXT} bytes; no such file of a model is", hint="do not use this checkpoint")
     return raw.decode("utf-8")
 
@@ -76,13 +77,15 @@ def _check_links(directory: Path) -> None:
     """
     for entry in os.scandir(directory):
         name = entry.name.lower()
-        if entry.is_file(follow_symlinks=False) or entry.is_dir() or not any(fnmatchcase(name, p) for p in _TEXTS):
-            continue
         path = directory / entry.name
-        if path.exists() and not path.is_file():
+        if entry.is_file(follow_symlinks=False) or not any(fnmatchcase(name, p) for p in _TEXTS):
+            continue
+        if path.is_dir() or not path.exists():
+            continue
+        if not path.is_file():
             raise Refused(f"{path}: is not a plain file", hint="do not use this checkpoint")
         target = path.resolve()
-        if path.exists() and not _beside_weights(target.parent, directory.resolve()):
+        if not _beside_weights(target.parent, directory.resolve()):
             raise Refused(
                 f"{path}: is a link to {target}, outside of this checkpoint; its content would be copied into the output",
                 hint="if that is meant, put a copy of the file in the link's place",

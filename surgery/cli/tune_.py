@@ -45,8 +45,9 @@ def command(
     document = Document(Path(file))
     changes = dict(parse_override(text) for text in overrides)
     for key in changes:
-        if isinstance(document.data, dict) and "." not in key:
-            document.data.setdefault(key, None)
+        top, dot, _ = key.partition(".")  # settings that the file leaves at their defaults may be given
+        if isinstance(document.data, dict) and document.data.get(top) is None:
+            document.data[top] = {} if dot else None
     if document.data is not None:
         document.override(changes)
     from surgery.tuning.settings import read_job

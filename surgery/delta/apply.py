@@ -18,6 +18,7 @@ from surgery.checkpoint.layout import Layout, Shard, Slot
 from surgery.checkpoint.source import FileState, Source
 from surgery.checkpoint.writer import Writer
 from surgery.delta import fingerprint
+from surgery.delta.codecs import fast
 from surgery.delta.rebuild import PackageNode, Rebuilt
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
@@ -59,6 +60,7 @@ def apply(
     """
     began = time.perf_counter()
     layout = layout_of(node)
+    fast.load(layout.total)
     side = {path: node.file(path) or b"" for path in node.package.manifest.data["files"]}  # refused early, if at all
     final = Path(out)
     target = Output(final, _inputs(node), resume=resume, overwrite=overwrite)
@@ -82,6 +84,7 @@ def apply(
 
 def verify(node: PackageNode, *, threads: int | None = None, progress: Progress | None = None) -> int:
     """Make every tensor and check it, without writing anything. Returns the bytes of the model. Raises Refused."""
+    fast.load(layout_of(node).total)
     for path in node.package.manifest.data["files"]:
         node.file(path)
     reader = Reader(_files(node))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.delta import fingerprint
+from surgery.delta.codecs import fast
 from surgery.delta.codecs.base import Lossy
 from surgery.delta.codecs.exact import ULP, Exact
 from surgery.delta.codecs.stream import pack_text
@@ -105,6 +106,7 @@ class _Job:
         self._threads = threads or len(os.sched_getaffinity(0))
         self.stored, self.made = stored_tensors(base), stored_tensors(model)
         self.base, self.target = unknown(self.stored), unknown(self.made)
+        fast.load(sum(t.nbytes for t in self.target.values()))
         self.warnings: list[str] = []
         exprs = [*self.stored.values(), *self.made.values()]
         if any(isinstance(e, Applied) and e.measure is not None for e in walk(exprs)) or traits(exprs).whole:

@@ -18,7 +18,7 @@ from surgery.remote.ahead import ROOM, Ahead
 from surgery.remote.file import in_parallel
 from surgery.remote.problems import RemoteProblem
 
-STREAM_MEMORY = "SURGERY_STREAM_MEMORY"  # bound on bytes of remote files held, like 256MB
+STREAM_MEMORY = "SURGERY_STREAM_MEMORY"  # bound on bytes of remote files held, like 128MB
 _MAX_OPEN = 200
 
 

@@ -14,6 +14,7 @@ from surgery.lab import measures
 from surgery.lab.bootstrap import Draws, Estimate, Settings, draw, grouped
 from surgery.lab.measures import Context, Measure
 from surgery.lab.outcome import Labelled, Language, Outcome
+from surgery.lab.reliability import reliability
 from surgery.lab.resident import Builder, Resident
 from surgery.lab.subject import Subject
 from surgery.lab.tasks import Task, as_tasks
@@ -38,6 +39,8 @@ class Result:
             made["difference"] = {k: e.as_dict() for k, e in self.difference.items()}
         if self.temperature is not None:
             made["temperature"] = self.temperature
+        if isinstance(self.outcome, Labelled):
+            made["calibration"] = reliability(self.outcome)
         return made
 
 

@@ -99,8 +99,9 @@ class Recomputer:
         self._statistics = {tokens.measure(m): m.statistic for m in measures if m.statistic is not None} | {
             t: s for t, s in self._statistics.items() if t in self._seen
         }
-        self._seen = {tokens(e) for p in plan.programs for e in _below(p.expr)}
-        self._seen |= {tokens.measure(m) for p in plan.programs for e in _below(p.expr) if (m := _measure_of(e)) is not None}
+        below = list(_below([p.expr for p in plan.programs]))
+        self._seen = {tokens(e) for e in below if isinstance(e, _COSTLY)}
+        self._seen |= {tokens.measure(m) for e in below if (m := _measure_of(e)) is not None}
 
     def _keepable(self, programs: Iterable[Program], tokens: Tokens) -> dict[Expr, tuple[Any, Program]]:
         """The largest parts of changed tensors that are as they were in the plan before, and worth keeping."""
@@ -134,9 +135,9 @@ class Recomputer:
             yield Job(phase, plan.price.whole_tensor if program.whole else 0)
 
 
-def _below(root: Expr) -> Iterable[Expr]:
+def _below(roots: Iterable[Expr]) -> Iterable[Expr]:
     seen: set[int] = set()
-    stack = [root]
+    stack = list(roots)
     while stack:
         e = stack.pop()
         if id(e) not in seen:
@@ -178,7 +179,8 @@ def _stages(measures: list[Measure]) -> Iterable[list[Measure]]:
     """Runs of statistics that do not need one another."""
     level: dict[int, int] = {}
     for m in measures:
-        below = [e.measure for part in m.parts for a in part.args for e in _below(a) if isinstance(e, Applied) and e.measure]
+        args = [a for part in m.parts for a in part.args]
+        below = [b for e in _below(args) if (b := _measure_of(e)) is not None]
         level[id(m)] = 1 + max((level.get(id(b), 0) for b in below), default=0)
     for n in sorted(set(level.values())):
         yield [m for m in measures if level[id(m)] == n]

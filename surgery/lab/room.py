@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from surgery.checkpoint.dtypes import F32
 from surgery.checkpoint.source import FileState
 from surgery.checkpoint.stored import Stored
 from surgery.engine.convert import Array
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.reader import Reader
-from surgery.graph.expr import Expr
+from surgery.graph.expr import Expr, Read
 
 
 def default_room() -> int:
@@ -81,13 +82,16 @@ class RoomReader(Reader):
 
     def read(self, stored: Stored, start: int, stop: int, out: Array) -> None:
         size = stored.dtype.size
-        whole = self._whole(stored)
+        whole = self.whole(stored)
         if whole is None:
             super().read(stored, start, stop, out)
         else:
             out[...] = whole[start * size : stop * size]
 
-    def _whole(self, stored: Stored) -> Array | None:
+    def whole(self, stored: Stored) -> Array | None:
+        """All stored bytes of a tensor, if there is room for them. Do not write into them."""
+        if stored.strides is not None:
+            return None
         key = "read", stored, self._states[stored.path]
         found = self._room.get(key)
         if found is not None or not self._room.fits(stored.nbytes):
@@ -104,12 +108,20 @@ class RoomReader(Reader):
 class RoomEvaluator(Evaluator):
     """An evaluator that knows the values of some expressions already. kept: id of an expression -> all its values, flat."""
 
-    def __init__(self, reader: Reader, kept: Mapping[int, Array]) -> None:
+    def __init__(self, reader: RoomReader, kept: Mapping[int, Array]) -> None:
         super().__init__(reader)
-        self._kept = kept
+        self._room_reader, self._kept = reader, kept
 
     def values(self, expr: Expr) -> Array:
         known = self._kept.get(id(expr))
         if known is None or known.dtype != self._work:
             return super().values(expr)
         return known[self._start : self._stop]
+
+    def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
+        for arg in args:
+            if type(arg) is Read and arg.dtype is F32 and self._work is np.float32 and id(arg) not in self._memo:
+                whole = self._room_reader.whole(arg.stored)
+                if whole is not None:  # computed with where it lies, without a copy
+                    self._memo[id(arg)] = whole.view(np.float32)[self._start : self._stop]
+        return super()._sum(coefs, args, shape)

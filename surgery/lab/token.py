@@ -26,9 +26,10 @@ class Tokens:
         return _hash("program", self(program.expr), program.dtype.name, program.wide)
 
     def __call__(self, expr: Expr) -> str:
-        for e in walk([expr]):
-            if id(e) not in self._of:
-                self._of[id(e)] = self._token(e)
+        if id(expr) not in self._of:
+            for e in walk([expr]):
+                if id(e) not in self._of:
+                    self._of[id(e)] = self._token(e)
         return self._of[id(expr)]
 
     def measure(self, measure: Measure) -> str:

@@ -23,8 +23,8 @@ JOURNAL, IDENTITY, LOCK, STUDY = "trials.jsonl", "sweep.json", ".lock", "study.d
 
 @dataclass
 class Trial:
-    """One point. number: from 1. values: task -> measure -> {value, low, high, units} on the validation split. score: the weighted mean of
-    the objectives, larger is better; None where it failed. error: why."""
+    """One point. number: from 1. values: task -> measure -> {value, low, high, units} on the validation split. score: the
+    weighted mean of the objectives, larger is better; None where it failed. error: why."""
 
     number: int
     params: dict[str, Any]

@@ -14,6 +14,7 @@ from surgery.errors import Refused, did_you_mean
 Path_ = tuple[Any, ...]
 _MAX_NODES = 100_000  # a recipe is small; aliases can make a small file enormous
 _MAX_BYTES = 2_000_000  # parsing takes some hundred times the memory
+_LARGEST = 2**64
 _MAX_DEPTH = 100  # libyaml's composer recurses in C, and would overflow the stack
 _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)  # of PyYAML, for values like 2024-13-45
 
@@ -25,6 +26,16 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+
+
+def _whole_number(loader: Any, node: yaml.Node) -> int:
+    value = int(loader.construct_yaml_int(node))
+    if abs(value) > _LARGEST:
+        raise ValueError("a number beyond any use, and beyond what can be printed")
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_text(path: Path) -> str:

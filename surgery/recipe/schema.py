@@ -164,7 +164,7 @@ def _param(param: Param) -> dict[str, Any]:
     by_name = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": plain}}
     forms = [*plain, by_name]
     if param.per_input:
-        forms.append({"type": "array", "items": {"anyOf": forms}, "minItems": 1})
+        forms.append({"type": "array", "items": {"anyOf": list(forms)}, "minItems": 1})
     return {"anyOf": forms, **about}
 
 

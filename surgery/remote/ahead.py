@@ -17,9 +17,10 @@ import numpy as np
 from surgery.remote.file import RemoteFile
 
 BLOCK = 4 << 20  # bytes of a request: long enough that latency does not count, short enough to spread
-ROOM = 256 << 20  # bytes of blocks held, under way included
+ROOM = 128 << 20  # bytes of blocks held, under way included
 REQUESTS = 16  # at a time
 _SMALL = 1 << 16  # bytes: a shorter read in the middle of a tensor may be one of many at random
+_LONGEST = 12  # tensors in a row: each doubles how far beyond them is read ahead
 _RECENT = 32  # reads: files that were read among the last so many share the room
 
 _Key = tuple[str, int]
@@ -46,6 +47,8 @@ class Ahead:
         self._reads = 0
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._runs: dict[_Key, int] = {}  # (file, end of a tensor that was read) -> tensors in a row up to there
+        self._begun: set[str] = set()
+        self._latest = 0
 
     def read(self, file: RemoteFile, offset: int, out: memoryview, tensor: tuple[int, int]) -> None:
         """Fill `out` with the bytes from `offset` on. tensor: where the tensor that they are of begins and ends.
@@ -87,11 +90,23 @@ class Ahead:
             self._recent.move_to_end(file.url)
             while next(iter(self._recent.values())) < self._reads - _RECENT:
                 self._recent.popitem(last=False)
-            run = self._runs.get((file.url, end), 0) or self._runs.get((file.url, start), 0) + 1
-            self._runs[file.url, end] = run
+            run = self._run(file, start, end)
             if offset != start and count < _SMALL and (file.url, offset // self._block - 1) not in self._blocks:
                 return offset + count
-        return min(file.size, end + (run - 1) * self._block)
+        return min(file.size, end + ((1 << min(run - 1, _LONGEST)) - 1) * self._block)
+
+    def _run(self, file: RemoteFile, start: int, end: int) -> int:
+        """How many tensors have been read in a row, this one included. The first one of another file (the next shard, as a
+        rule) takes over half of what was known before."""
+        run = self._runs.get((file.url, end))
+        if run is None:
+            before = self._runs.get((file.url, start))
+            if before is None:
+                before = 0 if file.url in self._begun else self._latest // 2
+            run = self._runs[file.url, end] = min(before + 1, _LONGEST)
+        self._begun.add(file.url)
+        self._latest = run
+        return run
 
     def _wanted(self, file: RemoteFile, number: int) -> _Block:
         key = (file.url, number)

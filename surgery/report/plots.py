@@ -139,21 +139,27 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Draw:
     return draw
 
 
-def scatter(points: Sequence[tuple[float, float]], front: Sequence[int], x: str, y: str, marked: Mapping[int, str]) -> Draw:
-    """Trials as points, the Pareto front joined, some of them named."""
+def scatter(
+    points: Sequence[tuple[float, float]], front: Sequence[int], x: str, y: str, marked: Mapping[int, str], *, join: bool = True
+) -> Draw:
+    """Trials as points, those on the Pareto front as diamonds (joined, where these two are all objectives), some named."""
 
     def draw(canvas: Any, palette: Any) -> None:
         axes = canvas.subplots()
         rest = [p for i, p in enumerate(points) if i not in set(front)]
         axes.plot([p[0] for p in rest], [p[1] for p in rest], "o", ms=4, color=palette.series[4], label="trials")
         best = sorted(points[i] for i in front)
-        axes.plot([p[0] for p in best], [p[1] for p in best], "D-", ms=5, lw=1.2, color=palette.series[0], label="Pareto front")
+        if best:
+            style = "D-" if join else "D"
+            axes.plot(
+                [p[0] for p in best], [p[1] for p in best], style, ms=5, lw=1.2, color=palette.series[0], label="Pareto front"
+            )
+            axes.legend(fontsize=8)
         for i, name in marked.items():
             axes.annotate(name, points[i], textcoords="offset points", xytext=(5, 4), fontsize=7)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(True, axis="both")
-        axes.legend(fontsize=8)
 
     return draw
 

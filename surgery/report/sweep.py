@@ -105,7 +105,7 @@ def _fronts(trials: Sequence[Trial], goals: Mapping[str, str], front: Sequence[i
         made.append(
             Figure(f"front-{i}", f"{y} against {x}",
                    f"{len(on)} of {len(points)} trials are not beaten in every objective{of_all}.",
-                   scatter([(p[0], p[1]) for p in points], on, x, y, marked), (6.4, 3.8),
+                   scatter([(p[0], p[1]) for p in points], on, x, y, marked, join=len(goals) == 2), (6.4, 3.8),
                    Table(f"front-{i}", f"{y} against {x}",
                          [Column("trial"), Column(x), Column(y), Column("on the front")], rows))
         )  # fmt: skip

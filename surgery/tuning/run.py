@@ -65,7 +65,8 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
         except Diverged as problem:
             raise _stopped(problem, given, source, folder) from None
         except Refused:
-            output.abandon()
+            if not going_on:
+                output.abandon()
             raise
         size, warnings = _write(job, source, task, fitted, data, output)
     except BaseException:

@@ -214,7 +214,7 @@ def test_json_bombs_beside_the_weights(tmp_path: Path, content: bytes) -> None:
             surgery.open(tmp_path / "m").save(tmp_path / "out", overwrite=True)
         except Refused as found:
             assert name in found.message
-        assert tracemalloc.get_traced_memory()[1] < 60 * len(content) + 10e6
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(content) + 30e6  # modules, on their first import
         tracemalloc.stop()
         place.unlink()
         if kept is not None:

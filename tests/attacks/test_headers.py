@@ -85,8 +85,9 @@ def test_billions_of_elements_that_are_not_there(tmp_path: Path, dimensions: lis
         with pytest.raises(Refused, match=r"model.safetensors: is malformed"):
             surgery.open(tmp_path / "a")
         return
-    for i, op in enumerate(("average, of: [base, a, b]", "stock, of: [base, a, b]", "sce, of: [base, a, b]")):
-        path = recipe(tmp_path, f"out: {{op: {op}}}")
+    for i, op in enumerate(("average, of: [base, a, b]", "stock, of: [base, a, b]", "slerp, of: [base, a], t: 0.5")):
+        models = ("base", "a", "b") if "b]" in op else ("base", "a")
+        path = recipe(tmp_path, f"out: {{op: {op}}}", models=models)
         try:
             run(path, tmp_path / f"out{i}")
         except Refused as found:

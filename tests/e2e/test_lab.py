@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from helpers import SURGERY, surgery
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lab"))
@@ -25,7 +24,7 @@ output: {from: merged, dtype: bfloat16}
 """
 GRID = """recipe: merge.yaml
 tasks: tasks.yaml
-dimensions: {steps.merged.weight: {low: 0.0, high: 1.0, points: 60}}
+dimensions: {steps.merged.weight: {low: 0.0, high: 1.0, points: 30}}
 objective: {rot90: accuracy, inv: accuracy}
 """
 MODULE = ("--module", "net.py:build")
@@ -75,14 +74,14 @@ def test_a_killed_sweep_resumes(work: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = journal.read_text().splitlines()
-    assert 2 <= len(before) < 60 and not (work / "found" / "results.json").exists()
+    assert 2 <= len(before) < 30 and not (work / "found" / "results.json").exists()
     again = subprocess.run([*sweep, "--resume"], cwd=work, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert journal.read_text().splitlines()[: len(before) - 1] == before[:-1]
-    assert "60 trials by grid; trial " in again.stdout and "trial 60 of 60" in again.stderr
+    assert "30 trials by grid; trial " in again.stdout and "trial 30 of 30" in again.stderr
     told = json.loads((work / "found" / "results.json").read_text())
-    assert told["trials_made"] == 60 and [t["number"] for t in told["trials"]] == list(range(1, 61))
-    assert len({t["params"]["steps.merged.weight"] for t in told["trials"]}) == 60
+    assert told["trials_made"] == 30 and [t["number"] for t in told["trials"]] == list(range(1, 31))
+    assert len({t["params"]["steps.merged.weight"] for t in told["trials"]}) == 30
     assert not any(p.suffix == ".safetensors" for p in (work / "found").rglob("*"))
 
 

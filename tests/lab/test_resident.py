@@ -198,7 +198,7 @@ def test_refusals(tmp_path: Path) -> None:
     nodes = [surgery.open(write(Net(), tmp_path / n)).node for n in "ab"]
     with pytest.raises(Refused, match="is a delta, no model"):
         Resident().show(make_plan(make(registry["diff"], nodes, {})), "d")
-    with pytest.raises(Refused, match="(?s)no config.json.*--module"):
+    with pytest.raises(Refused, match=r"(?s)no config.json.*--module"):
         Resident().show(make_plan(nodes[0]), "a")
     with pytest.raises(Refused, match="lacks `extra"):
         Resident(build=lambda c: torch.nn.ModuleDict({"extra": torch.nn.Linear(1, 1)})).show(make_plan(nodes[0]), "a")
@@ -223,7 +223,7 @@ def test_tokens_tell_computations_apart(trio: Path) -> None:
     plans = [
         make_plan(make(registry["stock"], [surgery.open(trio / m).node for m in ("base", "a", "b")], {"granularity": "global"}))
     ]
-    assert len(set(Tokens().program(p) for p in plans[0].programs)) == len(plans[0].programs)
+    assert len({Tokens().program(p) for p in plans[0].programs}) == len(plans[0].programs)
 
 
 def test_a_room_keeps_what_is_in_use() -> None:

@@ -97,7 +97,8 @@ def test_sequence_labelling(models: Path) -> None:
 
 def test_a_words_first_token_decides(models: Path, tmp_path: Path) -> None:
     """Words that the tokenizer cuts into several tokens."""
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
     folder = classifier(tmp_path / "t", ["O", "B-P"], tokens=True)
@@ -289,7 +290,7 @@ def test_models_that_cannot_do_the_task(models: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_does_not_match(models: Path, tmp_path: Path) -> None:
     folder = classifier(tmp_path / "c", ["no", "yes"])
     write_tokenizer(folder, [f"w{i}" for i in range(40)] + ["[UNK]", "[PAD]"])
-    with pytest.raises(Refused, match="tokenizer does not match: token .* is number 41, the embedding has 15 rows"):
+    with pytest.raises(Refused, match=r"tokenizer does not match: token .* is number 41, the embedding has 15 rows"):
         outcome(models, folder, kind="classification", test="c.jsonl")
     for file in folder.glob("token*"):
         file.unlink()

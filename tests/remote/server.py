@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+_BURST = 0.1
 COMMIT = "c0ffee0123456789c0ffee0123456789c0ffee01"
 
 
@@ -85,11 +86,11 @@ class Server:
         return [r for r in self.log if r.path.endswith(end)]
 
     def pace(self, size: int) -> None:
-        """Wait until `size` more bytes may be sent."""
+        """Wait until `size` more bytes may be sent. Who oversleeps may catch up: at most `_BURST` seconds' worth."""
         if self.rate is None:
             return
         with self.lock:
-            self._free_at = max(self._free_at, time.monotonic()) + size / self.rate
+            self._free_at = max(self._free_at, time.monotonic() - _BURST) + size / self.rate
             wait = self._free_at - time.monotonic()
         if wait > 0:
             time.sleep(wait)

@@ -156,6 +156,18 @@ def test_one_tensor_is_computed_from_its_own_bytes(web: Server) -> None:
     assert sum(b - a + 1 for r in data_asked(web) if r.range for a, b in [r.range] if b) <= 12_000_000 + 2 * (4 << 20)
 
 
+def test_damage_on_the_way_is_seen_where_digests_are_known(web: Server, tmp_path: Path) -> None:
+    """Outputs of ours carry digests; what is read of them is hashed as it is used, wherever it comes from."""
+    a, b = (package.open(str(llama(tmp_path / name, seed))) for seed, name in enumerate("ab"))
+    package.ops.average(a, b).save(web.folder / "ours")
+    path = web.folder / "ours/model.safetensors"
+    kept = path.read_bytes()
+    package.ops.average(package.open(f"{web.url}/ours/"), a).save(tmp_path / "sound")
+    path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(Refused, match="do not match the digest in surgery.json"):
+        package.ops.average(package.open(f"{web.url}/ours/"), a).save(tmp_path / "out")
+
+
 # -- the hub ---------------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +189,24 @@ def test_without_streaming_it_is_downloaded_as_before(hub: Server, tmp_path: Pat
     a = llama(hub.folder / "org/a", 1, shards=3)
     found = open_source("org/a")
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3 and found.fingerprint == open_source(str(a)).fingerprint
+
+
+def test_the_environment_can_say_so(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama(hub.folder / "org/a", 1)
+    monkeypatch.setenv("SURGERY_STREAM", "1")
+    assert next(iter(open_source("org/a").files)).startswith("hf://")
+    monkeypatch.setenv("SURGERY_STREAM", "0")
+    assert next(iter(open_source("org/a").files)).startswith("/")
+
+
+def test_pickles_are_downloaded_even_so(hub: Server) -> None:
+    import torch
+
+    folder = hub.folder / "org/old"
+    folder.mkdir(parents=True)
+    torch.save({"w": torch.arange(6.0)}, folder / "pytorch_model.bin")
+    found = package.open("hf://org/old")
+    assert found["w"].compute().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_is_in_the_cache_is_not_asked_for(hub: Server) -> None:

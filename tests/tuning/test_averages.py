@@ -313,3 +313,38 @@ def test_what_cannot_be_used_is_said() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(Refused, match="no CUDA device"):
             tune(net(), data(), loss=torch.nn.functional.cross_entropy, device="cuda")
+
+
+def test_adapters_on_a_module_of_ones_own() -> None:
+    model = net()
+    before = flat(model)
+    made = tune(model, data(), loss=torch.nn.functional.cross_entropy, epochs=2, lr=0.05, average={"ema": {"decay": 0.5}},
+                method={"lora": {"r": 2, "target_modules": ["stem", "blocks.1"]}})  # fmt: skip
+    assert made.trained and all("lora_" in n for n in made.trained)
+    merged = made.model.merge_and_unload()
+    moved = {n for n, v in flat(merged).items() if not np.array_equal(v, before[n])}
+    assert moved == {"stem.weight", "blocks.1.weight"}
+    with pytest.raises(Refused, match="peft has no `LORRA`"):
+        tune(net(), data(), loss=torch.nn.functional.cross_entropy, method={"lora": {"peft_type": "lorra"}})
+
+
+def test_a_module_that_returns_its_loss_and_dict_items() -> None:
+    class Own(Net):
+        def forward(self, x: Any, labels: Any, **more: Any) -> Any:
+            out = super().forward(x)
+            return {"loss": torch.nn.functional.cross_entropy(out, labels), "logits": out}
+
+    torch.manual_seed(1)
+    items = [{"x": x, "labels": torch.tensor(y)} for x, y in data()]
+    a, b, c = Own(), net(), net()
+    a.load_state_dict(b.state_dict())
+
+    def stack(rows: Any) -> dict[str, Any]:
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+    how = {"epochs": 2, "batch": 4, "accumulate": 2, "lr": 0.01}
+    tune(a, items, collate=stack, **how)
+    tune(b, data(), loss=torch.nn.functional.cross_entropy, **how)
+    assert all(np.array_equal(v, flat(b)[n]) for n, v in flat(a).items())
+    tune(c, data(), loss=torch.nn.functional.cross_entropy, epochs=2, batch=8, lr=0.01)
+    close(c, flat(b), 1e-4)  # two batches of four are one of eight

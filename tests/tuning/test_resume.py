@@ -86,6 +86,19 @@ def test_a_saved_state_that_was_not_finished_is_not_used(home: Path, tmp_path: P
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+def test_a_run_that_was_cut_off_while_writing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import surgery.tuning.run as module
+
+    said = {"method": {"lt_sft": {"density": 0.1}}, "average": {"ema": {"decay": 0.5}}}
+    run(job(home, **said), str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError):
+            run(job(home, **said), str(tmp_path / "cut"))
+    run(job(home, **said), str(tmp_path / "cut"), resume=True)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
 def test_another_run_cannot_be_resumed(home: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no unfinished run"):
         run(job(home), str(tmp_path / "o"), resume=True)

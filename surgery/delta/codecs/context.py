@@ -82,21 +82,22 @@ class _Order:
         self.sizes = np.diff(sum(bounds for _, _, bounds in self._blocks))
 
     def cut(self, lasts: list[int]) -> Array:
-        """Numbers in each group; the groups' highest keys are `lasts`."""
+        """Where each group begins, and the end; the groups' highest keys are `lasts`."""
         self._edges = [0, *(last + 1 for last in lasts)]
-        return np.diff(np.concatenate([[0], np.cumsum(self.sizes)])[self._edges])
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])[self._edges]
+        return self._starts
 
     def grouped(self, values: Array) -> list[Array]:
         blocks = [(values[here][order], bounds) for here, order, bounds in self._blocks]
         return [np.concatenate([part[bounds[a] : bounds[z]] for part, bounds in blocks]) for a, z in pairwise(self._edges)]
 
-    def restored(self, members: list[Array], b: Array, dtype: DType) -> Array:
+    def restored(self, members: Array, b: Array, dtype: DType) -> Array:
         """Words with reference `b` whose differences are `members`, group by group."""
-        used = np.zeros(len(members), np.int64)
+        used = self._starts[:-1].copy()
         zigzag = np.empty(b.size, b.dtype)
         for here, order, bounds in self._blocks:
             counts = np.diff(bounds[self._edges])
-            mine = np.concatenate([m[u : u + n] for m, u, n in zip(members, used, counts, strict=True)])
+            mine = np.concatenate([members[u : u + n] for u, n in zip(used, counts, strict=True)])
             used += counts
             zigzag[here][order] = mine
         return ulp.restored(zigzag, b, dtype)
@@ -115,20 +116,18 @@ class _FastOrder(_Order):
         self.sizes = self._counts.sum((0, 1), dtype=np.int64)
 
     def cut(self, lasts: list[int]) -> Array:
-        sizes = super().cut(lasts)
-        self._group = np.repeat(np.arange(len(lasts), dtype=np.uint8), np.diff(self._edges))
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32)
-        return sizes
+        self._group = np.repeat(np.arange(len(lasts), dtype=np.uint8), np.diff([0, *(last + 1 for last in lasts)]))
+        self._starts = super().cut(lasts).astype(np.uint32)
+        return self._starts
 
     def grouped(self, values: Array) -> list[Array]:
         made = np.empty_like(values)
         self._compiled.scatter(self._keys, self._counts, self._group, self._starts, values, made)
         return [made[a:z] for a, z in pairwise(self._starts)]
 
-    def restored(self, members: list[Array], b: Array, dtype: DType) -> Array:
+    def restored(self, members: Array, b: Array, dtype: DType) -> Array:
         made = np.empty_like(b)
-        flat = np.concatenate(members)
-        self._compiled.gather(self._keys, self._counts, self._group, self._starts, flat, b, made)
+        self._compiled.gather(self._keys, self._counts, self._group, self._starts, members, b, made)
         return made
 
 
@@ -148,7 +147,7 @@ def _context_row(row: int, count: int) -> int:
 
 def _classes(t: Array, b: Array, row: int, dtype: DType) -> Array:
     """2 log2 of the root mean square change of each row, rounded; what is not finite counts as no change in size."""
-    moved = ulp.values(t, dtype) - ulp.values(b, dtype)
+    moved = ulp.moved(t, b, dtype)
     whole = len(moved) // row * row
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         grid = moved[:whole].reshape(-1, row)
@@ -234,13 +233,11 @@ def _shift_of(sample: Array) -> int:
 
 
 def _coded(frames: Frames, values: Array, shift: int, flags: int) -> bytes:
-    if flags & MASKED:
-        mask = values != 0
-        frames.add(np.packbits(mask))
-        values = values[mask]
-        np.subtract(values, values.dtype.type(1), out=values)
-    limit = 15 if flags & PAIRED else 255
     compiled = fast.kernels(values.itemsize)
+    if flags & MASKED:
+        mask, values = _not_zero(values, compiled)
+        frames.add(mask)
+    limit = 15 if flags & PAIRED else 255
     if compiled is not None:
         symbols = np.empty(len(values), np.uint8)
         full = compiled.symbols_of(values, shift, limit, symbols)
@@ -251,7 +248,12 @@ def _coded(frames: Frames, values: Array, shift: int, flags: int) -> bytes:
     escapes = values[symbols == limit] if full and (values.itemsize > 1 or flags & PAIRED) else None
     if flags & PAIRED:
         symbols = np.append(symbols, np.uint8(0)) if len(symbols) % 2 else symbols
-        symbols = np.bitwise_or(np.left_shift(symbols[0::2], np.uint8(4)), symbols[1::2])
+        if compiled is not None:
+            both = np.empty(len(symbols) // 2, np.uint8)
+            compiled.pairs(symbols.view("<u2"), both)
+            symbols = both
+        else:
+            symbols = np.bitwise_or(np.left_shift(symbols[0::2], np.uint8(4)), symbols[1::2])
     frames.add(symbols)
     if escapes is not None:
         frames.add(escapes.view(np.uint8))
@@ -272,6 +274,16 @@ def _coded(frames: Frames, values: Array, shift: int, flags: int) -> bytes:
     return frames.take()
 
 
+def _not_zero(values: Array, compiled: Any) -> tuple[Array, Array]:
+    """(packed bits that say which values are not zero, those less one)."""
+    if compiled is not None:
+        packed, made = np.empty(-(-len(values) // 8), np.uint8), np.empty(len(values) + 1, values.dtype)
+        return packed, made[: compiled.not_zero(values, packed, made)]
+    mask = values != 0
+    some = values[mask]
+    return np.packbits(mask), np.subtract(some, some.dtype.type(1), out=some)
+
+
 def decode(frames: Unframed, b: Array, dtype: DType) -> Array:
     """The words that `encode` was given. Raises Refused for what it cannot have made."""
     if ulp.form_of(dtype) is None:
@@ -288,40 +300,47 @@ def decode(frames: Unframed, b: Array, dtype: DType) -> Array:
     if any(g.shift > 8 * b.itemsize - 8 or g.flags & ~(MASKED | PAIRED) for g in groups):
         raise damaged("a group of an unknown kind")
     if count == 1:
-        return ulp.restored(_get(frames, b.size, groups[0], b.dtype), b, dtype)
+        zigzag = np.empty_like(b)
+        _get(frames, groups[0], zigzag)
+        return ulp.restored(zigzag, b, dtype)
     order = _order(b, classes, row, dtype)
-    members = [_get(frames, int(size), group, b.dtype) for size, group in zip(order.cut(lasts), groups, strict=True)]
-    return order.restored(members, b, dtype)
+    zigzag = np.empty_like(b)
+    for (first, end), group in zip(pairwise(order.cut(lasts)), groups, strict=True):
+        _get(frames, group, zigzag[first:end])
+    return order.restored(zigzag, b, dtype)
 
 
-def _get(frames: Unframed, size: int, group: _Group, kind: Any) -> Array:
+def _get(frames: Unframed, group: _Group, out: Array) -> None:
+    """The differences of a group into `out`."""
     mask = None
-    wanted = size
+    kind, wanted = out.dtype, out.size
     if group.flags & MASKED:
-        packed = frames.take(-(-size // 8))
-        mask = np.unpackbits(packed, count=size).view(bool)
+        packed = frames.take(-(-out.size // 8))
+        mask = np.unpackbits(packed, count=out.size).view(bool)
         wanted = int(np.count_nonzero(mask))
     compiled = fast.kernels(kind.itemsize)
     if group.flags & PAIRED:
         symbols, limit = _halves(frames.take(-(-wanted // 2)), compiled)[:wanted], 15
     else:
         symbols, limit = frames.take(wanted), 255
+    values = out if mask is None else np.empty(wanted + 1, kind)[:wanted]
     if kind.itemsize == 1 and not group.flags & PAIRED:
-        values = symbols
+        values[...] = symbols
     else:
-        escaped = np.flatnonzero(symbols == limit)
-        full = frames.take(len(escaped), kind) if len(escaped) else None
-        values = _joined(frames, symbols, group.shift, kind, compiled)
-        if full is not None:
-            values[escaped] = full
+        escapes = compiled.count_limit(symbols, limit) if compiled is not None else np.count_nonzero(symbols == limit)
+        full = frames.take(int(escapes), kind)
+        _join(frames, symbols, group.shift, values, compiled)
+        if compiled is not None and escapes:
+            compiled.put_escapes(symbols, limit, full, values)
+        elif escapes:
+            values[symbols == limit] = full
     if mask is None:
-        return values
-    made = np.zeros(size, kind)
+        return
     if compiled is not None:
-        compiled.unmask(packed, np.append(values, kind.type(0)), made)
+        compiled.unmask(packed, values.base, out)
     else:
-        made[mask] = np.add(values, kind.type(1), out=values)
-    return made
+        out[...] = 0
+        out[mask] = np.add(values, kind.type(1), out=values)
 
 
 def _halves(both: Array, compiled: Any) -> Array:
@@ -335,23 +354,20 @@ def _halves(both: Array, compiled: Any) -> Array:
     return symbols
 
 
-def _joined(frames: Unframed, symbols: Array, shift: int, kind: Any, compiled: Any) -> Array:
-    """Symbols with the `shift` bits below them."""
+def _join(frames: Unframed, symbols: Array, shift: int, out: Array, compiled: Any) -> None:
+    """Symbols with the `shift` bits below them into `out`."""
     count, (whole, some) = len(symbols), divmod(shift, 8)
     if compiled is not None:
         planes = frames.take(whole * count).reshape(whole, count)
         bits = frames.take(some * -(-count // 8)).reshape(some, -(-count // 8))
-        values = np.empty(count, kind)
-        compiled.join(symbols, planes, bits, values)
-        return values
-    values = symbols.astype(kind)
-    if shift:
-        np.left_shift(values, kind.type(shift), out=values)
-        for i in range(whole):
-            np.bitwise_or(values, np.left_shift(frames.take(count).astype(kind), kind.type(8 * i)), out=values)
+        compiled.join(symbols, planes, bits, out)
+        return
+    np.left_shift(symbols, out.dtype.type(shift), out=out, dtype=out.dtype)
+    for i in range(whole):
+        np.bitwise_or(out, np.left_shift(frames.take(count), out.dtype.type(8 * i), dtype=out.dtype), out=out)
+    if some:
         top = np.zeros(count, np.uint8)
         for bit in range(some):
             plane = np.unpackbits(frames.take(-(-count // 8)), count=count)
             np.bitwise_or(top, np.left_shift(plane, np.uint8(bit), out=plane), out=top)
-        np.bitwise_or(values, np.left_shift(top.astype(kind), kind.type(8 * whole)), out=values)
-    return values
+        np.bitwise_or(out, np.left_shift(top, out.dtype.type(8 * whole), dtype=out.dtype), out=out)

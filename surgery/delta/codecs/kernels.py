@@ -10,18 +10,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 _jit = njit(cache=True, nogil=True, error_model="numpy")
 BLOCK = 1 << 16  # numbers that are sorted together: part of the format
 _LANES = 4  # parts of a block that are walked side by side: each counts for itself, none waits for another
 _QUARTER = BLOCK // _LANES
+_Q1, _Q2, _Q3 = (np.uint64(n * _QUARTER) for n in (1, 2, 3))
+_K1, _K2, _K3 = (np.uint64(n * 256) for n in (1, 2, 3))
 _STEP = 4096
 
 _spread = np.zeros((256, 8), np.uint8)  # byte -> its bits, the highest first, one to a byte
 for _bit in range(8):
     _spread[:, _bit] = (np.arange(256) >> (7 - _bit)) & 1
 _SPREAD = _spread.view(np.uint64).reshape(256)
+
+
+@intrinsic
+def _as(context: Any, value: Any, like: Any) -> Any:
+    """The low bits of an integer, in the type of `like`: so that arithmetic stays as narrow as the words."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], signature.args[0], signature.args[1])
+
+    return (like if isinstance(like, types.Integer) else types.uint64)(value, like), generate
 
 
 # -- differences ---------------------------------------------------------------------------------------------------------------
@@ -31,34 +44,37 @@ _SPREAD = _spread.view(np.uint64).reshape(256)
 def differences(t: Any, b: Any, ordered: bool, out: Any) -> None:
     """Zigzag differences of words. ordered: they are floats."""
     width = 8 * out.itemsize - 1
-    top = np.int64(1) << width
-    mask = 2 * top - 1
     if ordered:
         for i in range(out.size):
-            x, y = np.int64(t[i]), np.int64(b[i])
-            moved = ((x ^ (-(x >> width) | top)) - (y ^ (-(y >> width) | top))) & mask
-            out[i] = (moved << 1) ^ -(moved >> width)
+            x, y = t[i], b[i]
+            top = _as(1 << width, x)
+            x = _as(x ^ _as(_as(-np.int64(_as(x >> width, x)), x) | top, x), x)
+            y = _as(y ^ _as(_as(-np.int64(_as(y >> width, y)), y) | top, y), y)
+            moved = _as(x - y, x)
+            out[i] = _as(_as(moved << 1, x) ^ _as(-np.int64(_as(moved >> width, x)), x), x)
     else:
         for i in range(out.size):
-            moved = (np.int64(t[i]) - np.int64(b[i])) & mask
-            out[i] = (moved << 1) ^ -(moved >> width)
+            x = t[i]
+            moved = _as(x - b[i], x)
+            out[i] = _as(_as(moved << 1, x) ^ _as(-np.int64(_as(moved >> width, x)), x), x)
 
 
 @_jit
 def restore(zigzag: Any, b: Any, ordered: bool) -> None:
     """Zigzag differences into the words that they are of, in place."""
     width = 8 * zigzag.itemsize - 1
-    top = np.int64(1) << width
-    mask = 2 * top - 1
     if ordered:
         for i in range(zigzag.size):
-            z, y = np.int64(zigzag[i]), np.int64(b[i])
-            x = ((y ^ (-(y >> width) | top)) + ((z >> 1) ^ -(z & 1))) & mask
-            zigzag[i] = x ^ ((~(-(x >> width)) & mask) | top)
+            z, y = zigzag[i], b[i]
+            top = _as(1 << width, z)
+            moved = _as(_as(z >> 1, z) ^ _as(-np.int64(_as(z & 1, z)), z), z)
+            y = _as(y ^ _as(_as(-np.int64(_as(y >> width, z)), z) | top, z), z)
+            x = _as(y + moved, z)
+            zigzag[i] = _as(x ^ _as(_as(np.int64(_as(x >> width, z)) - 1, z) | top, z), z)
     else:
         for i in range(zigzag.size):
-            z = np.int64(zigzag[i])
-            zigzag[i] = np.int64(b[i]) + ((z >> 1) ^ -(z & 1))
+            z = zigzag[i]
+            zigzag[i] = _as(b[i] + _as(_as(z >> 1, z) ^ _as(-np.int64(_as(z & 1, z)), z), z), z)
 
 
 @_jit
@@ -77,10 +93,26 @@ def split2(words: Any, high: Any, low: Any) -> None:
 
 
 @_jit
-def widen_bf16(words: Any, out: Any) -> None:
-    """bfloat16 words as the bits of float32 (uint32)."""
+def _widen(words: Any, out: Any) -> None:
     for i in range(words.size):
         out[i] = np.int64(words[i]) << 16
+
+
+@_jit
+def _subtract(x: Any, y: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = x[i] - y[i]
+
+
+@_jit
+def moved_bf16(t: Any, b: Any, out: Any) -> None:
+    """t - b of bfloat16 words in float32."""
+    x, y = np.empty(_STEP, np.uint32), np.empty(_STEP, np.uint32)
+    for a in range(0, out.size, _STEP):
+        z = min(a + _STEP, out.size)
+        _widen(t[a:z], x)
+        _widen(b[a:z], y)
+        _subtract(x.view(np.float32), y.view(np.float32), out[a:z])
 
 
 # -- contexts --------------------------------------------------------------------------------------------------------------------
@@ -101,17 +133,20 @@ def count_keys(b: Any, row: int, mantissa: int, mask: int, scales: Any, keys: An
     for block in range(counts.shape[0]):
         here = keys[block * BLOCK : min((block + 1) * BLOCK, keys.size)]
         if here.size == BLOCK:
-            c0, c1, c2, c3 = counts[block, 0], counts[block, 1], counts[block, 2], counts[block, 3]
-            k0, k1 = here[:_QUARTER], here[_QUARTER : 2 * _QUARTER]
-            k2, k3 = here[2 * _QUARTER : 3 * _QUARTER], here[3 * _QUARTER :]
-            for i in range(_QUARTER):
-                c0[k0[i]] += np.uint32(1)
-                c1[k1[i]] += np.uint32(1)
-                c2[k2[i]] += np.uint32(1)
-                c3[k3[i]] += np.uint32(1)
+            _count_full(here, counts[block].reshape(4 * 256))
         else:
             for i in range(here.size):
                 counts[block, 0, here[i]] += np.uint32(1)
+
+
+@_jit
+def _count_full(keys: Any, count: Any) -> None:
+    for n in range(_QUARTER):
+        i = np.uint64(n)
+        count[np.uint64(keys[i])] += np.uint32(1)
+        count[np.uint64(keys[i + _Q1]) + _K1] += np.uint32(1)
+        count[np.uint64(keys[i + _Q2]) + _K2] += np.uint32(1)
+        count[np.uint64(keys[i + _Q3]) + _K3] += np.uint32(1)
 
 
 @_jit
@@ -120,85 +155,79 @@ def _places(counts: Any, group_of: Any, used: Any, at: Any) -> None:
     for key in range(256):
         group = group_of[key]
         for lane in range(_LANES):
-            at[lane, key] = used[group]
+            at[256 * lane + key] = used[group]
             used[group] += counts[lane, key]
 
 
 @_jit
 def gather(keys: Any, counts: Any, group_of: Any, starts: Any, members: Any, b: Any, out: Any) -> None:
     """Words of the numbers in `members`, which holds their differences group by group; `starts`: where each group begins."""
-    used, at = starts.copy(), np.empty((_LANES, 256), np.uint32)
-    a0, a1, a2, a3 = at[0], at[1], at[2], at[3]
+    used, at = starts.copy(), np.empty(_LANES * 256, np.uint32)
     for block in range(counts.shape[0]):
         _places(counts[block], group_of, used, at)
         a, z = block * BLOCK, min((block + 1) * BLOCK, keys.size)
         here, made = keys[a:z], out[a:z]
         if here.size == BLOCK:
-            k0, k1 = here[:_QUARTER], here[_QUARTER : 2 * _QUARTER]
-            k2, k3 = here[2 * _QUARTER : 3 * _QUARTER], here[3 * _QUARTER :]
-            o0, o1 = made[:_QUARTER], made[_QUARTER : 2 * _QUARTER]
-            o2, o3 = made[2 * _QUARTER : 3 * _QUARTER], made[3 * _QUARTER :]
-            for i in range(_QUARTER):
-                k = k0[i]
-                p = a0[k]
-                o0[i] = members[p]
-                a0[k] = p + np.uint32(1)
-                k = k1[i]
-                p = a1[k]
-                o1[i] = members[p]
-                a1[k] = p + np.uint32(1)
-                k = k2[i]
-                p = a2[k]
-                o2[i] = members[p]
-                a2[k] = p + np.uint32(1)
-                k = k3[i]
-                p = a3[k]
-                o3[i] = members[p]
-                a3[k] = p + np.uint32(1)
+            _gather_full(here, at, members, made)
         else:
             for i in range(here.size):
-                p = a0[here[i]]
+                p = at[here[i]]
                 made[i] = members[p]
-                a0[here[i]] = p + np.uint32(1)
+                at[here[i]] = p + np.uint32(1)
         restore(made, b[a:z], True)
+
+
+@_jit
+def _gather_full(keys: Any, at: Any, members: Any, out: Any) -> None:
+    for n in range(_QUARTER):
+        i = np.uint64(n)
+        k0, k1 = np.uint64(keys[i]), np.uint64(keys[i + _Q1]) + _K1
+        k2, k3 = np.uint64(keys[i + _Q2]) + _K2, np.uint64(keys[i + _Q3]) + _K3
+        p0, p1, p2, p3 = at[k0], at[k1], at[k2], at[k3]
+        at[k0] = p0 + np.uint32(1)
+        at[k1] = p1 + np.uint32(1)
+        at[k2] = p2 + np.uint32(1)
+        at[k3] = p3 + np.uint32(1)
+        v0, v1, v2, v3 = members[p0], members[p1], members[p2], members[p3]
+        out[i] = v0
+        out[i + _Q1] = v1
+        out[i + _Q2] = v2
+        out[i + _Q3] = v3
 
 
 @_jit
 def scatter(keys: Any, counts: Any, group_of: Any, starts: Any, values: Any, members: Any) -> None:
     """The other way: `values` in order of position into `members`, group by group."""
-    used, at = starts.copy(), np.empty((_LANES, 256), np.uint32)
-    a0, a1, a2, a3 = at[0], at[1], at[2], at[3]
+    used, at = starts.copy(), np.empty(_LANES * 256, np.uint32)
     for block in range(counts.shape[0]):
         _places(counts[block], group_of, used, at)
         a, z = block * BLOCK, min((block + 1) * BLOCK, keys.size)
         here, found = keys[a:z], values[a:z]
         if here.size == BLOCK:
-            k0, k1 = here[:_QUARTER], here[_QUARTER : 2 * _QUARTER]
-            k2, k3 = here[2 * _QUARTER : 3 * _QUARTER], here[3 * _QUARTER :]
-            v0, v1 = found[:_QUARTER], found[_QUARTER : 2 * _QUARTER]
-            v2, v3 = found[2 * _QUARTER : 3 * _QUARTER], found[3 * _QUARTER :]
-            for i in range(_QUARTER):
-                k = k0[i]
-                p = a0[k]
-                members[p] = v0[i]
-                a0[k] = p + np.uint32(1)
-                k = k1[i]
-                p = a1[k]
-                members[p] = v1[i]
-                a1[k] = p + np.uint32(1)
-                k = k2[i]
-                p = a2[k]
-                members[p] = v2[i]
-                a2[k] = p + np.uint32(1)
-                k = k3[i]
-                p = a3[k]
-                members[p] = v3[i]
-                a3[k] = p + np.uint32(1)
+            _scatter_full(here, at, found, members)
         else:
             for i in range(here.size):
-                p = a0[here[i]]
+                p = at[here[i]]
                 members[p] = found[i]
-                a0[here[i]] = p + np.uint32(1)
+                at[here[i]] = p + np.uint32(1)
+
+
+@_jit
+def _scatter_full(keys: Any, at: Any, values: Any, members: Any) -> None:
+    for n in range(_QUARTER):
+        i = np.uint64(n)
+        k0, k1 = np.uint64(keys[i]), np.uint64(keys[i + _Q1]) + _K1
+        k2, k3 = np.uint64(keys[i + _Q2]) + _K2, np.uint64(keys[i + _Q3]) + _K3
+        v0, v1, v2, v3 = values[i], values[i + _Q1], values[i + _Q2], values[i + _Q3]
+        p0, p1, p2, p3 = at[k0], at[k1], at[k2], at[k3]
+        at[k0] = p0 + np.uint32(1)
+        at[k1] = p1 + np.uint32(1)
+        at[k2] = p2 + np.uint32(1)
+        at[k3] = p3 + np.uint32(1)
+        members[p0] = v0
+        members[p1] = v1
+        members[p2] = v2
+        members[p3] = v3
 
 
 # -- the parts of a group ----------------------------------------------------------------------------------------------------------
@@ -292,3 +321,55 @@ def pack_bit(low: Any, bit: int, out: Any) -> None:
     for i in range(wide.size):
         ones = (wide[i] >> np.uint64(bit)) & np.uint64(0x0101010101010101)
         out[i] = np.uint8((ones * np.uint64(0x8040201008040201)) >> np.uint64(56))
+
+
+@_jit
+def pairs(symbols: Any, out: Any) -> None:
+    """Symbols below 16, one a byte, into two a byte, the first in the high half. symbols: as words of two bytes."""
+    for i in range(out.size):
+        out[i] = ((np.int64(symbols[i]) & 15) << 4) | (np.int64(symbols[i]) >> 8)
+
+
+@_jit
+def not_zero(values: Any, mask: Any, out: Any) -> int:
+    """Packed bits that say which values are not zero, and those less one into `out` (of one more place); how many they are."""
+    j = np.uint64(0)
+    for byte in range(mask.size):
+        bits = np.int64(0)
+        for i in range(8 * byte, min(8 * byte + 8, values.size)):
+            v = np.int64(values[i])
+            some = np.int64(v != 0)
+            out[j] = v - 1
+            j += np.uint64(some)
+            bits |= some << (7 - (i & 7))
+        mask[byte] = bits
+    return np.int64(j)
+
+
+@_jit
+def count_limit(symbols: Any, limit: int) -> int:
+    """How many symbols are the limit."""
+    found = 0
+    for a in range(0, symbols.size, _STEP):
+        part = symbols[a : min(a + _STEP, symbols.size)]
+        full = np.uint32(0)
+        for i in range(part.size):
+            full += np.uint32(np.int64(part[i]) == limit)
+        found += np.int64(full)
+    return found
+
+
+@_jit
+def put_escapes(symbols: Any, limit: int, full: Any, out: Any) -> None:
+    """`full`, in order, into the places of `out` whose symbol is the limit: as many as `full` holds."""
+    j = 0
+    for a in range(0, symbols.size, 64):
+        part = symbols[a : min(a + 64, symbols.size)]
+        some = False
+        for i in range(part.size):
+            some |= np.int64(part[i]) == limit
+        if some:
+            for i in range(part.size):
+                if np.int64(part[i]) == limit:
+                    out[a + i] = full[j]
+                    j += 1

@@ -111,17 +111,22 @@ def exponents(words: Array, dtype: DType) -> Array:
     return made.astype(np.int16)
 
 
+def moved(target: Array, base: Array, dtype: DType) -> Array:
+    """target - base in float32, approximately: only for an encoder's choices."""
+    compiled = fast.kernels(target.itemsize)
+    if compiled is not None and dtype.name == "BF16":
+        made = np.empty(target.size, np.float32)
+        compiled.moved_bf16(target, base, made)
+        return made
+    return values(target, dtype) - values(base, dtype)
+
+
 def values(words: Array, dtype: DType) -> Array:
     """The numbers as float32 (approximate for float64): only for an encoder's choices."""
     import ml_dtypes
 
     name = component(dtype)[0]
     if name == "BF16":
-        compiled = fast.kernels(2)
-        if compiled is not None:
-            wide = np.empty(words.size, np.uint32)
-            compiled.widen_bf16(words, wide)
-            return wide.view(np.float32)
         return np.left_shift(words, 16, dtype=np.uint32).view(np.float32)
     kinds = {
         "F64": np.float64,
