@@ -3,6 +3,7 @@
     python benchmarks/delta.py                             # all pairs; made on first use, 15 minutes on 2 cores
     python benchmarks/delta.py --pairs s250,pure16         # 3 minutes
     python benchmarks/delta.py --base base/ --model tuned/ # one's own
+    python benchmarks/delta.py --flips 10000               # damage: every flipped bit is refused
 
 Ratios are the model's bytes over the whole package's (manifest and hashes included), for the anchors over the payload alone.
 
@@ -139,6 +140,51 @@ def slime_speed(base: Path, tuned: Path) -> tuple[float, float]:
         return total / (middle - began) / 1e6, total / (time.perf_counter() - middle) / 1e6
 
 
+def flips(count: int) -> list[str]:
+    """Flip `count` random bits of a small package, one at a time: each must be refused when it is opened or checked, and each
+    fiftieth when it is applied, with nothing left behind. Returns what slipped through."""
+    from surgery.delta.apply import apply
+    from surgery.delta.check import verify_package
+    from surgery.delta.container import Package
+    from surgery.delta.pack import pack
+    from surgery.delta.rebuild import PackageNode
+    from surgery.errors import Refused
+    from surgery.inputs import open_node
+
+    rng, slipped = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory(dir=WORK) as text:
+        folder = Path(text)
+        words = rng.integers(0, 1 << 15, 6000).astype("<u2")
+        for name, moved in (("base", words), ("tuned", words + rng.integers(0, 9, 6000).astype("<u2"))):
+            (folder / name).mkdir()
+            places = [[4000 * i, 4000 * i + 4000] for i in range(3)]
+            header = {f"t{a}": {"dtype": "BF16", "shape": [20, 100], "data_offsets": [a, z]} for a, z in places}
+            raw = json.dumps(header).encode()
+            raw += b" " * (-len(raw) % 8)
+            content = len(raw).to_bytes(8, "little") + raw + moved.tobytes()
+            (folder / name / "model.safetensors").write_bytes(content)
+            (folder / name / "config.json").write_text(json.dumps({"name": name}))
+        package, out = folder / "x.delta.safetensors", folder / "out"
+        base = open_node(str(folder / "base"))
+        pack(base, open_node(str(folder / "tuned")), package)
+        whole = package.read_bytes()
+        with open(package, "r+b") as file:
+            for turn, at in enumerate(rng.integers(0, 8 * len(whole), count).tolist()):
+                byte, bit = divmod(at, 8)
+                os.pwrite(file.fileno(), bytes([whole[byte] ^ 1 << bit]), byte)
+                for act in ("check", "apply") if turn % 50 == 0 else ("check",):
+                    try:
+                        found = Package(str(package))
+                        verify_package(found) if act == "check" else apply(PackageNode(found, base), out, threads=1)
+                        slipped.append(f"bit {bit} of byte {byte}: {act}")
+                    except Refused:
+                        if out.exists():
+                            slipped.append(f"bit {bit} of byte {byte}: output left behind")
+                os.pwrite(file.fileno(), whole[byte : byte + 1], byte)
+        verify_package(Package(str(package)))
+    return slipped
+
+
 def rows(pairs: dict[str, tuple[Path, Path]]) -> Iterator[tuple[list[str], list[str], dict[str, Any]]]:
     for name, (base, tuned) in pairs.items():
         print(f"{name} …", file=sys.stderr, flush=True)
@@ -167,8 +213,13 @@ def main() -> int:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--flips", type=int, metavar="N", help="only flip N random bits of a small package: all are refused?")
     options = parser.parse_args()
     WORK.mkdir(exist_ok=True)
+    if options.flips:
+        slipped = flips(options.flips)
+        print("\n".join(slipped) if slipped else f"{options.flips} flipped bits, each refused, nothing written")
+        return 1 if slipped else 0
     if options.base and options.model:
         pairs = {options.model.name: (options.base, options.model)}
     else:

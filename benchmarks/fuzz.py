@@ -3,15 +3,16 @@
     python benchmarks/fuzz.py --seconds 60                 # every target for a minute
     python benchmarks/fuzz.py header recipe --seconds 600
 
-With atheris installed (`pip install atheris`) the search is guided by coverage of `surgery`; without, a seeded mutator does what
-it can. Property: a parser returns, or raises SurgeryError, and while it works no file is opened outside of the target's own
-folder (the interpreter's own files apart), nothing is opened for writing, nothing is executed, and resident memory stays below
+With atheris installed (`pip install atheris`) the search is guided by coverage of `surgery`; without, a seeded mutator does
+what it can. Property: a parser returns, or raises SurgeryError; while it works no file is opened outside of the target's own
+folder (those of the interpreter and the system apart), nothing is executed, and (with atheris) resident memory stays below
 --rss. Anything else stops the target, leaves its input under --findings, and makes the exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -30,12 +31,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 HERE = Path(__file__).resolve().parent
 EXECUTED = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork", "socket.connect", "ctypes.dlopen")
-SYSTEM = (sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], str(HERE.parent), "/proc/", "/sys/", "/usr/", "/etc/")
+SYSTEM = (sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], str(HERE.parent), "/proc/", "/sys/", "/usr/",
+          *filter(None, sys.path))  # fmt: skip
 TOKENS = [
-    b'"', b"{", b"}", b"[", b"]", b":", b",", b"0", b"-1", b"9999999999999999999", b"1e999", b"NaN", b"null", b"true", b"\\ud800",
-    b"data_offsets", b"shape", b"dtype", b"F32", b"BF16", b"__metadata__", b"weight_map", b"../", b"&a ", b"*a", b"<<: ", b"!!int ",
-    b"!!python/object/apply:os.system ", b"\n", b"  ", b"- ", b"? ", b"models", b"steps", b"output", b"op", b"of", b"from", b"merge_method",
-    b"\x80\x02", b"cos\nsystem\n", b"R", b"\x81", b"b", b".", b"\x00" * 8,
+    b'"', b"{", b"}", b"[", b"]", b":", b",", b"0", b"-1", b"9999999999999999999", b"1e999", b"NaN", b"null", b"true",
+    b"\\ud800",
+    b"data_offsets", b"shape", b"dtype", b"F32", b"BF16", b"__metadata__", b"weight_map", b"../", b"&a ", b"*a", b"<<: ",
+    b"!!int ", b"!!python/object/apply:os.system ", b"\n", b"  ", b"- ", b"? ", b"models", b"steps", b"output", b"op", b"of",
+    b"from", b"merge_method", b"\x80\x02", b"cos\nsystem\n", b"R", b"\x81", b"b", b".", b"\x00" * 8,
 ]  # fmt: skip
 
 Target = Callable[[bytes], None]
@@ -58,7 +61,11 @@ def header(folder: Path) -> tuple[Target, list[bytes]]:
                 read_header(str(path))
 
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    seeds = [{"x": entry}, {"__metadata__": {"format": "pt"}, "x": entry}, {"a.b": {**entry, "shape": [1, 1, 2]}, "b": {**entry, "data_offsets": [8, 8], "shape": [0]}}]
+    seeds = [
+        {"x": entry},
+        {"__metadata__": {"format": "pt"}, "x": entry},
+        {"a.b": {**entry, "shape": [1, 1, 2]}, "b": {**entry, "data_offsets": [8, 8], "shape": [0]}},
+    ]
     raw = [json.dumps(s).encode() for s in seeds]
     return call, [*raw, *(struct.pack("<Q", len(r)) + r + b"\0" * 8 for r in raw)]
 
@@ -76,13 +83,15 @@ def index(folder: Path) -> tuple[Target, list[bytes]]:
         place.write_bytes(data)
         open_source(str(folder))
 
-    return call, [json.dumps({"metadata": {"total_size": 8}, "weight_map": {f"t{i}": n for i, n in enumerate(names)}}).encode(), b"{}"]
+    said = {"metadata": {"total_size": 8}, "weight_map": {f"t{i}": n for i, n in enumerate(names)}}
+    return call, [json.dumps(said).encode(), b"{}"]
 
 
 def _models(folder: Path) -> None:
     for name in ("base", "a"):
         (folder / name).mkdir()
-        shapes = {"model.embed_tokens.weight": [3, 2], "model.layers.0.w.weight": [2, 2], "model.layers.1.w.weight": [2, 2], "model.norm.weight": [2]}
+        shapes = {"model.embed_tokens.weight": [3, 2], "model.norm.weight": [2]}
+        shapes |= {f"model.layers.{i}.w.weight": [2, 2] for i in range(2)}
         entries, at = {}, 0
         for tensor, shape in shapes.items():
             end = at + 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -105,17 +114,24 @@ def recipe(folder: Path) -> tuple[Target, list[bytes]]:
         make_plan(read.node, read.settings)
 
     return call, [
-        b"models: {base: base, a: a}\nsteps:\n  d: {op: diff, of: [a, base]}\n  out: {op: add, of: [base, d], weight: 0.5}\noutput: {from: out, dtype: bfloat16}\n",
-        b"models: {base: base, a: {source: a}}\nsteps:\n  m: {op: average, of: [base, a], weight: {'*norm*': 1, '*': [0.3, 0.6]}}\noutput: {from: m}\n",
-        b"merge_method: slerp\nbase_model: base\nmodels: [{model: base}, {model: a}]\nparameters: {t: [0, 0.5, 1]}\ndtype: float32\n",
-        b"merge_method: ties\nbase_model: base\nslices:\n  - sources:\n    - {model: a, layer_range: [0, 2], parameters: {density: 0.5, weight: 1}}\n    - {model: base, layer_range: [0, 2]}\n",
-        b"merge_method: passthrough\nslices:\n - sources: [{model: a, layer_range: [0, 1]}]\n - sources: [{model: base, layer_range: [1, 2]}]\n",
+        b"models: {base: base, a: a}\nsteps:\n  d: {op: diff, of: [a, base]}\n  out: {op: add, of: [base, d], weight: 0.5}\n"
+        b"output: {from: out, dtype: bfloat16}\n",
+        b"models: {base: base, a: {source: a}}\nsteps:\n"
+        b"  m: {op: average, of: [base, a], weight: {'*norm*': 1, '*': [0.3, 0.6]}}\noutput: {from: m}\n",
+        b"merge_method: slerp\nbase_model: base\nmodels: [{model: base}, {model: a}]\n"
+        b"parameters: {t: [0, 0.5, 1]}\ndtype: float32\n",
+        b"merge_method: ties\nbase_model: base\nslices:\n  - sources:\n"
+        b"    - {model: a, layer_range: [0, 2], parameters: {density: 0.5, weight: 1}}\n"
+        b"    - {model: base, layer_range: [0, 2]}\n",
+        b"merge_method: passthrough\nslices:\n - sources: [{model: a, layer_range: [0, 1]}]\n"
+        b" - sources: [{model: base, layer_range: [1, 2]}]\n",
     ]  # fmt: skip
 
 
 def package(folder: Path) -> tuple[Target, list[bytes]]:
     """A manifest with its header made to fit, so that what is fuzzed is what comes after the hashes."""
     import numpy as np
+
     from surgery.delta.codecs.stream import pack_text
     from surgery.delta.container import Package, header_of
     from surgery.delta.manifest import read_manifest
@@ -156,6 +172,7 @@ def package(folder: Path) -> tuple[Target, list[bytes]]:
 
 def pickled(folder: Path) -> tuple[Target, list[bytes]]:
     import torch
+
     from surgery.checkpoint.pickled import read_pickled
 
     path = folder / "m.bin"
@@ -253,6 +270,9 @@ def plain(run: Target, seeds: list[bytes], seconds: float, seed: int, findings: 
 def one(name: str, seconds: float, seed: int, findings: Path, rss: int, engine: str) -> None:
     """One target in this process; prints `Done N runs`."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)).resolve()
+    os.environ["HF_HOME"] = str(folder / "hub")  # a recipe may name models of the hub: they are looked for here
+    import huggingface_hub.errors  # noqa: F401  and what it opens on import is not the target's doing
+
     try:
         if engine == "atheris":
             import atheris
@@ -268,7 +288,7 @@ def one(name: str, seconds: float, seed: int, findings: Path, rss: int, engine: 
             words = folder / "words"
             words.write_text("".join('"' + "".join(rf"\x{b:02x}" for b in token) + '"\n' for token in TOKENS))
             options = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", f"-rss_limit_mb={rss}", f"-dict={words}",
-                       f"-artifact_prefix={findings}/{name}-", "-timeout=20", "-max_len=16384", "-print_final_stats=1"]  # fmt: skip
+                       f"-artifact_prefix={findings}/{name}-", "-timeout=20", "-max_len=16384"]  # fmt: skip
             atheris.Setup([sys.argv[0], *options, str(corpus)], guarded(call, folder))
             atheris.Fuzz()
         else:
@@ -292,11 +312,12 @@ def main() -> None:
     if args.here:
         one(args.targets[0], args.seconds, args.seed, args.findings, args.rss, args.engine)
         return
-    engine = args.engine or ("atheris" if subprocess.run([sys.executable, "-c", "import atheris"], capture_output=True).returncode == 0 else "plain")
+    engine = args.engine or ("atheris" if importlib.util.find_spec("atheris") else "plain")
     failed, env = False, {**os.environ, "PYTHONPATH": str(HERE.parent)}  # atheris does not see editable installs
     for name in args.targets or TARGETS:
-        command = [sys.executable, __file__, name, "--here", "--engine", engine, "--seconds", str(args.seconds), "--seed", str(args.seed),
-                   "--rss", str(args.rss), "--findings", str(args.findings.resolve())]  # fmt: skip
+        limits = ["--seconds", str(args.seconds), "--seed", str(args.seed), "--rss", str(args.rss)]
+        command = [sys.executable, __file__, name, "--here", "--engine", engine, *limits]
+        command += ["--findings", str(args.findings.resolve())]
         began = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
         said = done.stdout + done.stderr

@@ -20,8 +20,8 @@ FOLDERS = {"base": "base", "m0": "ft0", "m1": "ft1", "m2": "ft2"}
 class Operation:
     """A merge: the inputs it reads, our steps (the last is `merged`), and the peer's method with its keys.
 
-    Without steps of our own the peer's file is what we run too. `peer` holds what mergekit is told: its keys, and under `each` the parameters of the models other than
-    the base, as one value for all or a list of one per model.
+    Without steps of our own the peer's file is what we run too. `peer` holds what mergekit is told: its keys, and under
+    `each` the parameters of the models other than the base, as one value for all or a list of one per model.
     """
 
     inputs: Sequence[str]

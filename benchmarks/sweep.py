@@ -3,12 +3,13 @@
     pip install '.[demo]'
     python benchmarks/sweep.py [--work .demo] [--points 30] [--examples 64] [--threads 2] [--json FILE]
 
---work: a folder that examples/demo/run.py has filled (base/, ft-module/, ft-call/); without it the base is the package's MiniLM,
+--work: a folder that examples/demo/run.py has filled (base/, ft-module/, ft-call/); without it the base is MiniLM as packaged,
 and the fine-tunes are made by adding noise: costs do not depend on the values. No network.
 
 Printed: the seconds until the next point's model is ready: resident; merged to disk and loaded inside of one process that has
 everything imported (files stay in the page cache); and merged with the command `surgery run` and loaded (a few points timed).
-Then what a trial costs over its evaluation plus one plain pass over the changed tensors.
+Then what a trial costs over its evaluation plus one plain pass over the changed tensors. Of repetitions the least counts: on
+a busy machine the others measure the neighbours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,7 +169,7 @@ def main() -> None:
         passes = [timed(plain)[0] for _ in range(7)]
     for i, values in theirs:
         assert all(abs(values[t] - agree[i][t]) < 1e-6 for t in values), "both ways must evaluate the same model"
-    s, e, w, c, p = (statistics.median(x) for x in (shown, evaluated, written, commands, passes))
+    s, e, w, c, p = (min(x) for x in (shown, evaluated, written, commands, passes))
     lines = {
         "points": len(alphas),
         "examples": said.examples,

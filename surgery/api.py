@@ -255,6 +255,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         memory: str | int | None = None,
         threads: int | None = None,
         allow_nonfinite: bool = False,
+        durable: bool = False,
         **settings: Any,
     ) -> Any:
         """Stream this to a new checkpoint directory; see `plan` for settings and `surgery.engine.run.run` for the rest."""
@@ -268,6 +269,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             memory=memory,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
+            durable=durable,
         )
 
     def to_transformers(self, **options: Any) -> Any:

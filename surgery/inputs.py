@@ -63,4 +63,7 @@ def open_node(
         if place and not problem.message.startswith(place):
             raise Refused(f"{place}: {problem.message}", hint=problem.hint) from None
         raise
+    except OSError as problem:  # a name that no file can have, a mount that is gone
+        place = f"{where['']}: " if where.get("") else ""
+        raise Refused(f"{place}{location[:200]}: cannot be read: {problem.strerror or problem}") from None
     raise AssertionError("a checkpoint is opened or refused")

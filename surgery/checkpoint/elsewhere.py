@@ -110,6 +110,8 @@ def _on_the_web(address: Address) -> Located:
 
 def _web(address: Address, folder: Address, shards: Sequence[str], wanted: dict[str, str] | None) -> Located:
     files = [HttpFile(folder.inside(name), url=f"{folder.shown.rstrip('/')}/{name}") for name in shards]
+    if wanted is None:
+        files[0].begin(1)  # if there is something wrong with the weights, let it not be said of the small files
     contents = in_parallel(lambda name: _fetched(folder.inside(name)), _KNOWN)
     beside = _kept({n: c for n, c in zip(_KNOWN, contents, strict=True) if c is not None})
     return Located(beside, [f.url for f in files], wanted, None, {f.url: f for f in files}, address.shown)

@@ -18,6 +18,7 @@ from surgery.remote.mode import is_streaming
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_LONGEST = 255  # bytes of a file's name
 MAX_TEXT = 100_000_000  # bytes of a config, an index or a tokenizer: as for headers of weights
 SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _TEXTS = [*(p.lower() for p in SIDECARS), "licence*", "*token*", "*vocab*", "*merges*", "*spiece*", "*sentencepiece*"]
@@ -177,6 +178,8 @@ def parse_index(text: str, index: str) -> tuple[list[str], dict[str, str]]:
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or "/" in name or "\\" in name or name in ("", ".", ".."):
             raise Refused(f"{index}: points outside its directory: {name!r}", hint="do not use this checkpoint")
+        if len(name.encode()) > _LONGEST:
+            raise Refused(f"{index}: names a file of {len(name)} characters", hint="do not use this checkpoint")
     return names, wanted
 
 

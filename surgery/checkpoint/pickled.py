@@ -22,7 +22,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 
 def read_pickled(path: str) -> dict[str, Stored]:
     """The tensors of one torch file, in file order. Raises Refused for anything that is not plain tensors."""
-    size = _check_archive(path)
+    size = check_archive(path)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -44,7 +44,7 @@ def read_pickled(path: str) -> dict[str, Stored]:
     return dict(sorted(found.items(), key=lambda item: item[1].offset))
 
 
-def _check_archive(path: str) -> int:
+def check_archive(path: str) -> int:
     """Bytes of the file. Raises Refused if it is not what torch writes: a zip from its first byte on (anything else would go to
     torch's old readers), nothing in it compressed (data is read by position, and a pickle might unpack to any size)."""
     try:

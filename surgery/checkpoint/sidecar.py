@@ -13,7 +13,7 @@ from surgery.checkpoint.source import Source
 _ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm", ".bpe")
 _TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece", "chat_template")
 _LICENCES = ("license", "licence", "notice", "use_policy", "copying")
-_NOT_COPIED = ("config.json", "surgery.json", "trainer_state.json", "training_args.json", "optimizer.json")
+_NOT_COPIED = ("config.json", "surgery.json", "trainer_state.json", "training_args.json", "optimizer.json", "tune.json")
 _LARGEST = 100 * 10**6  # no sidecar is larger; weights by another name are
 
 

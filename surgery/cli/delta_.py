@@ -47,10 +47,13 @@ def command() -> None:
 @click.option("--max-error", type=float, help="Lossy: largest absolute error of any weight.")
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option of the codec. Repeatable.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Lossy: tensors to code so; default the matrices inside blocks.")
+@click.option("--memory", metavar="SIZE", help="Lossy: what tensors that are coded at once may take together; default 1GB.")
 @OVERWRITE
 @THREADS
 @QUIET
-def pack_(base: str, model: str, out: str, quiet: bool, overwrite: bool, threads: int | None, **how: Any) -> None:
+def pack_(
+    base: str, model: str, out: str, quiet: bool, overwrite: bool, threads: int | None, memory: str | None, **how: Any
+) -> None:
     """Write the package that makes MODEL of BASE. Both are streamed; memory does not grow with the model.
 
     \b
@@ -73,7 +76,7 @@ def pack_(base: str, model: str, out: str, quiet: bool, overwrite: bool, threads
     with bar(2 * total, show=not quiet and sys.stderr.isatty()) as advance:
         made = pack(
             below, above, out, codec=FAST if how["fast"] else ULP, choose=choose,
-            overwrite=overwrite, threads=threads, progress=advance,
+            overwrite=overwrite, threads=threads, memory=memory, progress=advance,
         )  # fmt: skip
     _summary(made, quiet)
 
@@ -88,6 +91,7 @@ def inspect_(package: str, as_json: bool, tensors: bool) -> None:
     \b
     bits  stored, per weight               rel err  ||R - D|| / ||D||: rebuilt and true change
     gain  <R, D> / <D, D>: 1 is unbiased   max err  largest absolute error of a weight
+    limit  bits by the entropy of the stored symbols, each under its context: what exact tensors need at the least
 
     A large relative error harms little while the gain is 1: independent errors average out, shrinkage adds up.
     """
@@ -317,11 +321,12 @@ def _report(view: Mapping[str, Any], tensors: bool) -> Iterator[str]:
     yield from _table("layer", [*view["layers"].items(), ("all", view["total"])])
     if tensors:
         yield ""
-        rows = [["tensor", "type", "shape", "codec", "bytes", "bits", "rel err", "gain", "max err"]]
+        rows = [["tensor", "type", "shape", "codec", "bytes", "bits", "limit", "rel err", "gain", "max err"]]
         for t in view["tensors"]:
             error = t["error"] or {}
             rows.append([t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["codec"], f"{t['bytes']:,}",
-                         f"{t['bits']:.3f}", *(_figure(error.get(k)) for k in ("rel_fro", "gain", "max_abs"))])  # fmt: skip
+                         f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}",
+                         *(_figure(error.get(k)) for k in ("rel_fro", "gain", "max_abs"))])  # fmt: skip
         yield from aligned(rows)
 
 
@@ -332,10 +337,10 @@ def _some(names: list[str]) -> str:
 def _table(title: str, rows: Any) -> Iterator[str]:
     from surgery.cli.inspect_ import aligned
 
-    cells = [[title, "tensors", "bytes", "bits", "rel err", "gain", "max err"]]
+    cells = [[title, "tensors", "bytes", "bits", "limit", "rel err", "gain", "max err"]]
     for name, t in rows:
         errors = [_figure(t.get(k)) for k in ("rel_fro", "gain", "max_abs")]
-        cells.append([name, f"{t['tensors']:,}", f"{t['bytes']:,}", f"{t['bits']:.3f}", *errors])
+        cells.append([name, f"{t['tensors']:,}", f"{t['bytes']:,}", f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}", *errors])
     yield from aligned(cells)
 
 

@@ -99,7 +99,7 @@ def command(
     from surgery.lab.bootstrap import Settings
     from surgery.lab.evaluation import is_recipe
     from surgery.lab.render import table
-    from surgery.lab.together import _named, beside
+    from surgery.lab.together import beside, named
     from surgery.recipe.document import parse_override
     from surgery.recipe.native import read_recipe
 
@@ -111,13 +111,13 @@ def command(
             "--ensemble needs a model, and two or more after it to average", hint="surgery eval merge.yaml a/ b/ --ensemble"
         )
     settings = Settings(resamples, level)
-    named = {n: read_recipe(m, changed) if is_recipe(m) else m for n, m in _named(models).items()}
+    chosen = {n: read_recipe(m, changed) if is_recipe(m) else m for n, m in named(models).items()}
     reports = beside(
-        named,
+        chosen,
         tasks,
         split=split,
         reference=reference,
-        ensemble_of=list(named)[1:] if ensemble else (),
+        ensemble_of=list(chosen)[1:] if ensemble else (),
         resident=make_resident(**held),
         settings=settings,
     )

@@ -31,8 +31,10 @@ def command(source: str, scanning: bool, as_json: bool) -> None:
     from surgery.checkpoint.source import open_source
     from surgery.cli.progress import bar
     from surgery.engine.scan import overview, scan
+    from surgery.remote.mode import streaming
 
-    opened = open_source(source)
+    with streaming():  # headers are all that is needed
+        opened = open_source(source)
     scans: dict[str, Scan] | None = None
     if scanning:
         with bar(opened.nbytes, show=sys.stderr.isatty()) as advance:

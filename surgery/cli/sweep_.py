@@ -92,9 +92,7 @@ def _progress(*, show: bool) -> Iterator[Any]:
     parts = (BarColumn(), MofNCompleteColumn(), TextColumn("trials, best {task.description}"), TimeRemainingColumn())
     with Progress(*parts, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda trial, best, total: progress.update(
-            task, total=total, completed=trial.number, description=_state(best)
-        )
+        yield lambda trial, best, total: progress.update(task, total=total, completed=trial.number, description=_state(best))
 
 
 def _state(trial: Any) -> str:

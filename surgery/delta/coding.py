@@ -41,12 +41,13 @@ class Readers:
 
 @dataclass
 class Chunk:
-    """One chunk, coded: what is stored of it, and the hashes of what it is made of."""
+    """One chunk, coded: what is stored of it, the hashes of what it is made of."""
 
     payload: bytes
     target: str
     base: str | None
     same: bool
+    least: float  # bytes that its symbols need at the least
 
 
 @dataclass
@@ -79,9 +80,9 @@ class Pairing:
 
 def code_chunk(pairing: Pairing, readers: Readers, codec: Exact, start: int, stop: int) -> Chunk:
     target, ref, leaf = pairing.bits(readers, start, stop)
-    payload = codec.encode(target, ref, pairing.target.dtype, fingerprint.row_of(pairing.target.shape))
+    payload, least = codec.measured(target, ref, pairing.target.dtype, fingerprint.row_of(pairing.target.shape))
     same = ref is not None and not payload
-    return Chunk(payload, fingerprint.digest(target), leaf, same)
+    return Chunk(payload, fingerprint.digest(target), leaf, same, least)
 
 
 def hash_chunk(expr: Expr, readers: Readers, start: int, stop: int) -> str:

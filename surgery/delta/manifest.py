@@ -39,6 +39,7 @@ _EXACT_LAYER = _object(
         "codec": {"type": "string"},
         "lengths": {"type": "array", "items": _COUNT},
         "checks": {"type": "string", "pattern": "^([0-9a-f]{16})*$"},
+        "limit": _COUNT,
     },
 )
 _LOSSY_LAYER = _object(

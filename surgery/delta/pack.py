@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.layout import parse_size
 from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
 from surgery.delta.codecs.base import Lossy
@@ -34,6 +35,9 @@ from surgery.errors import Refused
 from surgery.graph.expr import Applied, Expr, Read, walk
 from surgery.graph.node import Node, SourceNode
 from surgery.version import __version__
+
+MEMORY = 10**9  # bytes that tensors which are coded with losses at the same time may take together
+_PER_ELEMENT, _PER_FACTORED = 32, 96  # bytes that coding one element of them takes; with singular vectors
 
 Choice = tuple[Lossy, Mapping[str, Any]]
 Choose = Callable[[Tensor], Choice | None]
@@ -64,15 +68,17 @@ def pack(
     choose: Choose | None = None,
     overwrite: bool = False,
     threads: int | None = None,
+    memory: str | int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Packed:
     """Write the package that makes `model` of `base` to file `out`.
 
     codec: for what is carried exactly. choose: target tensor -> (lossy codec, options), None for those carried exactly;
-    without it the package is exact. Raises Refused (nothing is left behind) or Failed.
+    without it the package is exact. memory: bytes, or text like "1GB", that tensors which are coded with losses at the same
+    time may take together; a larger one is coded alone. Raises Refused (nothing is left behind) or Failed.
     """
     began = time.perf_counter()
-    job = _Job(base, model, codec, choose, threads, progress or (lambda n: None))
+    job = _Job(base, model, codec, choose, threads, MEMORY if memory is None else parse_size(memory), progress)
     job.refuse_place(Path(out))
     writer = PackageWriter(Path(out), job.part_names(), overwrite=overwrite)
     try:
@@ -94,7 +100,14 @@ def pack(
 
 class _Job:
     def __init__(
-        self, base: Node, model: Node, codec: Exact, choose: Choose | None, threads: int | None, progress: Callable[[int], None]
+        self,
+        base: Node,
+        model: Node,
+        codec: Exact,
+        choose: Choose | None,
+        threads: int | None,
+        memory: int,
+        progress: Callable[[int], None] | None,
     ) -> None:
         if threads is not None and threads < 1:
             raise Refused(f"--threads must be at least 1, got {threads}")
@@ -102,7 +115,8 @@ class _Job:
             if node.space != "weights":
                 raise Refused(f"the {what} of a package must be weights; this one is a delta", hint="add it to its base first")
         reuse_freed_memory()
-        self._nodes, self._codec, self._choose, self._progress = (base, model), codec, choose, progress
+        self._nodes, self._codec, self._choose = (base, model), codec, choose
+        self._progress, self._memory = progress or (lambda n: None), memory
         self._threads = threads or len(os.sched_getaffinity(0))
         self.stored, self.made = stored_tensors(base), stored_tensors(model)
         self.base, self.target = unknown(self.stored), unknown(self.made)
@@ -206,22 +220,30 @@ class _Job:
     def _ahead(
         self, pool: ThreadPoolExecutor, plan: Iterator[tuple[str, Pairing, Choice | None]]
     ) -> Iterator[tuple[str, Pairing, Choice | None, Iterator[Any]]]:
-        """Tensors in order, each with its results in order. A bounded number of tasks is under way ahead of what is written."""
-        queue: deque[Future[Any]] = deque()
+        """Tensors in order, each with its results in order. A bounded number of tasks, which take bounded memory together, is
+        under way ahead of what is written; one that alone takes more is let in alone."""
+        queue: deque[tuple[Future[Any], int]] = deque()
         waiting: deque[tuple[str, Pairing, Choice | None, int]] = deque()
         tasks = self._tasks(plan, waiting)
+        held, task = 0, next(tasks, None)
 
         def fill() -> None:
-            while len(queue) < 2 * self._threads:
-                task = next(tasks, None)
-                if task is None:
+            nonlocal held, task
+            while task is not None and len(queue) < 2 * self._threads:
+                weight, *call = task
+                if held and held + weight > self._memory:
                     return
-                queue.append(pool.submit(*task))
+                queue.append((pool.submit(*call), weight))
+                held += weight
+                task = next(tasks, None)
 
         def results(count: int) -> Iterator[Any]:
+            nonlocal held
             for _ in range(count):
                 fill()
-                yield queue.popleft().result()
+                result = queue[0][0].result()
+                held -= queue.popleft()[1]  # at once: a tensor that is coded whole asks for one result and never comes back
+                yield result
 
         fill()
         while waiting:
@@ -234,16 +256,17 @@ class _Job:
         plan: Iterator[tuple[str, Pairing, Choice | None]],
         waiting: deque[tuple[str, Pairing, Choice | None, int]],
     ) -> Iterator[tuple[Any, ...]]:
-        """Tasks of all tensors in order; a tensor is entered in `waiting` before its first."""
+        """(bytes held, call) of all tensors in order; a tensor is entered in `waiting` before its first."""
         for name, pairing, choice in plan:
             if choice is not None:
                 waiting.append((name, pairing, choice, 1))
-                yield code_lossy, pairing, self._readers, choice[0], choice[1]
+                each = _PER_FACTORED if getattr(choice[0], "matrix", False) else _PER_ELEMENT
+                yield each * pairing.target.numel, code_lossy, pairing, self._readers, choice[0], choice[1]
                 continue
             ranges = fingerprint.chunks(pairing.target.shape)
             waiting.append((name, pairing, choice, len(ranges)))
             for a, b in ranges:
-                yield code_chunk, pairing, self._readers, self._codec, a, b
+                yield 0, code_chunk, pairing, self._readers, self._codec, a, b
 
     def _write(
         self,
@@ -256,7 +279,7 @@ class _Job:
         """One tensor's payload, and what the manifest says of it. first: content -> the tensor that holds it."""
         target = pairing.target
         lengths: list[int] = []
-        checks, leaves, base_leaves, same = [], [], [], pairing.base is not None
+        checks, leaves, base_leaves, same, least = [], [], [], pairing.base is not None, 0.0
         for chunk in results:
             assert isinstance(chunk, Chunk)
             writer.write(chunk.payload)
@@ -265,6 +288,7 @@ class _Job:
             leaves.append(chunk.target)
             base_leaves += [chunk.base] if chunk.base is not None else []
             same = same and chunk.same
+            least += chunk.least
             self._progress(2 * target.nbytes // max(1, len(fingerprint.chunks(target.shape))))
         said = _said(target, leaves)
         if pairing.base is not None:
@@ -280,7 +304,7 @@ class _Job:
             said.pop("base", None)
             said["alias"] = twin
         else:
-            said["layer"] = {"codec": self._codec.name, "lengths": lengths, "checks": "".join(checks)}
+            said["layer"] = {"codec": self._codec.name, "lengths": lengths, "checks": "".join(checks), "limit": round(least)}
             writer.close_part(f"tensor/{target.name}/data")
         return said
 

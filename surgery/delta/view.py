@@ -56,6 +56,8 @@ def _tensor(entry: Entry, sizes: Mapping[str, int]) -> dict[str, Any]:
         "bytes": held,
         "model_bytes": target.nbytes,
         "bits": 8.0 * held / count if count else 0.0,
+        "limit_bytes": _limit(entry, held),
+        "limit_bits": 8.0 * _limit(entry, held) / count if count else 0.0,
         "error": dict(layer["error"]) if entry.lossy and layer is not None else None,
         "sha256": target.sha256,
     }
@@ -68,6 +70,12 @@ def _tensor(entry: Entry, sizes: Mapping[str, int]) -> dict[str, Any]:
     if entry.alias is not None:
         made["alias_of"] = entry.alias
     return made
+
+
+def _limit(entry: Entry, held: int) -> int:
+    """Bytes that an exact tensor's symbols need at the least (order-0 entropy under their contexts), as its package states it;
+    others: as stored."""
+    return held if entry.layer is None or entry.lossy else int(entry.layer.get("limit", held))
 
 
 def _kind(entry: Entry) -> str:
@@ -86,6 +94,7 @@ def _sum(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     count, held = sum(t["elements"] for t in found), sum(t["bytes"] for t in found)
     made: dict[str, Any] = {"tensors": len(found), "elements": count, "bytes": held}
     made["bits"] = 8.0 * held / count if count else 0.0
+    made["limit_bits"] = 8.0 * sum(t["limit_bytes"] for t in found) / count if count else 0.0
     coded = [t for t in found if t["error"] is not None and t["error"]["rel_fro"] is not None]
     total = sum(t["elements"] for t in coded)
     if total:

@@ -76,6 +76,7 @@ class Price:
     whole_tensor: int  # largest working set of a tensor that cannot be streamed
     buffers: int  # work arrays that a worker needs per piece
     torch: bool
+    streams: bool = False  # inputs are read over the network, ahead of the work
 
 
 @dataclass

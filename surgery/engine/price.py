@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from surgery.checkpoint.source import RemoteState
 from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
 from surgery.graph.expr import Applied, Literal, Mapped, Measure, Read, walk
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
+ROOM = 128 << 20  # what is read ahead from the network, see surgery.remote.ahead
 KERNELS = 70 * 10**6  # what the compiled kernels add
 KERNELS_PAY = 400 * 10**6  # bytes read and written from which on they are worth loading
 PER_PROGRAM = 3000  # plan and journal, per output tensor
@@ -30,7 +33,13 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
     passes = {f"{op} over the model": n for op, n in passes_of(early).items()}
     for op, n in passes_of(m for p in programs for m in p.measures).items():
         passes[f"{op} per tensor"] = n
-    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch)
+    streams = any(isinstance(state, RemoteState) for state in _states(programs))
+    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch, streams)
+
+
+def _states(programs: Sequence[Program]) -> Iterator[Any]:
+    sources = {id(e.source): e.source for p in programs for e in walk([p.expr]) if isinstance(e, Read)}
+    return (state for source in sources.values() for state in source.files.values())
 
 
 def _wants_torch(e: Applied) -> bool:
@@ -42,4 +51,5 @@ def peak_memory(cost: Price, programs: int, threads: int) -> int:
     worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1)
     fixed = INTERPRETER + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
     fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
+    fixed += ROOM if cost.streams else 0
     return fixed + threads * (worker + cost.whole_tensor)

@@ -1,7 +1,7 @@
 """Bit rot: weights hashed again and compared with what is known of them.
 
-What is known: the `surgery.json` that every output of ours carries (a digest of each tensor, SHA-256 of headers and of the files
-beside the weights), and in a hub cache the names of the blobs, which are the SHA-256 of large files.
+What is known: the `surgery.json` that every output of ours carries (a digest of each tensor, SHA-256 of headers and of the
+files beside the weights), and in a hub cache the names of the blobs, which are the SHA-256 of large files.
 """
 
 from __future__ import annotations

@@ -113,6 +113,14 @@ class Search:
         named = said if isinstance(said, dict) else _unique([str(m) for m in said])
         return {name: self.beside(str(place)) for name, place in named.items()}
 
+    def inputs(self) -> list[str]:
+        """What is read: the recipe, or the models."""
+        if self.recipe is not None:
+            return [str(self.recipe)]
+        if "wise" in self.said:
+            return [self.beside(self.said["wise"][k]) for k in ("base", "tuned")]
+        return list(self.models().values())
+
     def beside(self, place: str) -> str:
         beside = self.path.parent / place
         return str(beside.resolve()) if beside.exists() else place

@@ -27,11 +27,11 @@ def beside(
     models: as `evaluate` takes them; a map names them. ensemble_of: names of models whose averaged logits are reported as one
     more model, `ensemble`: the upper mark that a merge of their weights aims at. reference: as in `evaluate`.
     """
-    named = dict(models) if isinstance(models, Mapping) else _named(models)
+    by_name = dict(models) if isinstance(models, Mapping) else named(models)
     evaluator = Evaluator(tasks, resident=resident, settings=settings)
-    lost = [n for n in ensemble_of if n not in named]
+    lost = [n for n in ensemble_of if n not in by_name]
     if lost:
-        raise Refused(f"`{lost[0]}` is not one of the models", hint=f"they are {', '.join(named)}")
+        raise Refused(f"`{lost[0]}` is not one of the models", hint=f"they are {', '.join(by_name)}")
     known = None
     if reference is not None:
         known = evaluator.outcomes(reference, {t.name: split for t in evaluator.tasks})
@@ -41,7 +41,7 @@ def beside(
         for t in evaluator.tasks
     }
     reports, kept = [], {}
-    for name, model in named.items():
+    for name, model in by_name.items():
         kept[name] = evaluator.outcomes(model, splits, name)
         reports.append(evaluator.judged(name, kept[name], wanted, split, known))
     if ensemble_of:
@@ -63,7 +63,8 @@ def _ensemble(members: Sequence[Mapping[Any, Outcome]]) -> dict[Any, Outcome]:
     return made
 
 
-def _named(models: Sequence[Any]) -> dict[str, Any]:
+def named(models: Sequence[Any]) -> dict[str, Any]:
+    """What reports call each of several models: equal names are numbered."""
     made: dict[str, Any] = {}
     for model in models:
         name = base = name_of(model)

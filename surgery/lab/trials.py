@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.checkpoint.sidecar import write_json
 from surgery.errors import Refused, SurgeryError
+from surgery.lab.evaluation import plan_of
 from surgery.lab.space import Goal, Search
 from surgery.version import __version__
 
@@ -86,7 +87,7 @@ class Directory:
             write_json(self.path / IDENTITY, now)
         elif json.loads((self.path / IDENTITY).read_text("utf-8")) != now:
             raise Refused(
-                f"{self.path}: the sweep there was of another file (sweep, recipe, tasks, data or version changed)",
+                f"{self.path}: the sweep there was of another file (sweep, recipe, tasks, data, models or version changed)",
                 hint="choose another -o",
             )
 
@@ -112,7 +113,7 @@ class Directory:
 
 
 def identity(search: Search) -> str:
-    """What decides the results of a sweep: its file, the recipe's, the tasks', and the data."""
+    """What decides the results of a sweep: its file, the recipe's, the tasks', the data, and the models."""
     digest = hashlib.sha256(search.text.encode())
     for path in (search.recipe, search.tasks_path):
         if path is not None:
@@ -125,6 +126,13 @@ def identity(search: Search) -> str:
                 for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
                     if file.is_file():
                         digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}".encode())
+    for location in search.inputs():
+        try:
+            plan = plan_of(location)
+        except SurgeryError:
+            continue  # a recipe that only some of its points can be made of; what is wrong is said when it is tried
+        for path, state in sorted(plan.files.items() if plan is not None else ()):
+            digest.update(f"{Path(path).name}\0{state.size}\0{state.mtime_ns}".encode())
     return digest.hexdigest()
 
 

@@ -54,15 +54,14 @@ def read_text(path: Path) -> str:
 
 def check_size(text: str, where: object) -> None:
     """Refuse YAML with more nodes or levels than any recipe has, from its events: before anything is built of it."""
-    depth = count = 0
-    for event in yaml.parse(text, _Loader):
-        count += 1
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, _Loader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _MAX_DEPTH:
-            raise Refused(f"{where}:{event.start_mark.line + 1}: nested too deeply: more than {_MAX_DEPTH} levels")
+            raise Refused(f"{where}: nested too deeply: more than {_MAX_DEPTH} levels")
         if count > 2 * _MAX_NODES:
             raise Refused(f"{where}: too large: more than {_MAX_NODES} values")
 

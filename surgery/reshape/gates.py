@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.files import small_text
 from surgery.checkpoint.sidecar import write_json
 from surgery.checkpoint.source import open_source
 from surgery.errors import Refused
@@ -18,8 +19,8 @@ def read_prompts(path: Path) -> list[dict[str, list[str]]]:
     import yaml
 
     try:
-        said = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        said = yaml.safe_load(small_text(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
         raise Refused(f"{path}: cannot be read as YAML: {str(problem).splitlines()[0]}") from None
     ok = isinstance(said, list) and len(said) > 1 and all(_is_entry(e) for e in said)
     if not ok:

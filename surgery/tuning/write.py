@@ -35,19 +35,16 @@ def write_checkpoint(model: Any, source: Source, folder: Path) -> None:
     for name, dtype in stored.items():
         counts[dtype] = counts.get(dtype, 0) + source.tensors[name].numel
     common = max(counts, key=lambda d: counts[d]) if counts else "float32"
+    buffers = [(name, value) for name, value in model.named_buffers() if name in stored]
     with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if value.is_floating_point() and (name in dict(model.named_parameters()) or name in stored):
+        for name, value in [*model.named_parameters(), *buffers]:
+            if value.is_floating_point():
                 value.data = value.data.to("cpu", _TYPES[stored.get(_stored_name(name, stored), common)])
     model.config.dtype = _TYPES[common]
     with quiet():
         model.save_pretrained(folder)
     _readable(folder)
-    own = {name: (folder / name).read_bytes() for name in ("generation_config.json",) if (folder / name).exists()}
     copy_sidecars(source, source, folder)
-    for name, content in own.items():
-        if not (folder / name).exists():
-            (folder / name).write_bytes(content)
 
 
 def _readable(folder: Path) -> None:

@@ -44,6 +44,14 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, name: str) -> None:
         surgery.open(index(tmp_path / "m", {"x": name}))
 
 
+def test_names_that_are_too_long_for_any_file(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="names a file of 2000 characters"):
+        surgery.open(index(tmp_path, {"x": "m" * 2000}))
+    for location in ("m" * 2000, "m/" * 3000, "a\0b"):
+        with pytest.raises(Refused):
+            surgery.open(location)
+
+
 def test_an_index_that_points_at_what_is_no_file(tmp_path: Path) -> None:
     """A device, a pipe, a folder, a link to nothing: none is opened, so none blocks."""
     (tmp_path / "m" / "folder.safetensors").mkdir(parents=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.checkpoint.dtypes import BY_NAME
-from surgery.delta.codecs import ulp
+from surgery.delta.codecs import fast, ulp
 from surgery.delta.codecs.exact import EXACT, FAST, RAW, ULP
 from surgery.errors import Refused
 
@@ -156,3 +156,84 @@ def test_a_frame_that_grows_is_stopped_at_its_declared_size():
     bomb = bytes([1]) + stream.compress(bytes(1 << 20)) + stream.flush()
     with pytest.raises(Refused):
         RAW.decode(bomb, None, d, 1 << 19)
+
+
+# -- compiled kernels --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """Calls a function twice: as if numba were missing, and with the kernels."""
+    pytest.importorskip("numba")
+    from surgery.delta.codecs import kernels
+
+    def call(function):
+        made = []
+        for loaded in (None, kernels):
+            monkeypatch.setattr(fast, "_loaded", loaded)
+            made.append(function())
+        return made
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "I32", "I16", "C64", "F64", "F8_E4M3"])
+@pytest.mark.parametrize("count,row", [(1, 1), (77, 7), (20_001, 200), (70_001, 70_001), (262_144, 512)])
+def test_the_kernels_make_the_same_bytes(both_ways, dtype, count, row):
+    d, rng = BY_NAME[dtype], np.random.default_rng(count)
+    base = random_bits(count, dtype, rng)
+    if dtype == "BF16":  # what weights look like: many groups, shifts, masks
+        base = (rng.standard_normal(count) * 0.02).astype(ml_dtypes.bfloat16).view(np.uint8)
+    some = near(base, dtype, rng, 0.5)
+    far = ulp.words(base.copy(), d)
+    far += rng.integers(0, 3000, far.size).astype(far.dtype)
+    for target in (some, near(base, dtype, rng, 0.01), far.view(np.uint8), random_bits(count, dtype, rng)):
+        for codec in (ULP, FAST, RAW):
+            slow, quick = both_ways(lambda: codec.encode(target, base, d, row))  # noqa: B023  called at once
+            assert slow == quick
+            for made in both_ways(lambda: codec.decode(quick, base, d, count)):  # noqa: B023
+                assert np.array_equal(made, target)
+
+
+def test_the_kernels_stand_damage(both_ways):
+    """Whatever a payload says: the same outcome with and without them, and nothing is read beyond it."""
+    rng, d = np.random.default_rng(5), BY_NAME["BF16"]
+    base, tuned = tuned_pair(70_000, rng)
+    whole = ULP.encode(tuned, base, d, 700)
+
+    def outcome(payload):
+        try:
+            return ULP.decode(payload, base, d, 70_000).tobytes()
+        except Refused as problem:
+            return problem.message
+
+    for _ in range(150):
+        payload = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            payload[rng.integers(1, 400 if rng.random() < 0.5 else len(payload))] ^= 1 << rng.integers(8)
+        slow, quick = both_ways(lambda: outcome(bytes(payload)))  # noqa: B023
+        assert slow == quick
+
+
+def test_the_limit_is_the_entropy_under_the_contexts():
+    """One context only: the order-0 entropy of the differences, computed here; the payload is above it, and not by much."""
+    rng, d = np.random.default_rng(6), BY_NAME["BF16"]
+    b = np.full(4000, 0x3F80, np.uint16)  # one exponent, one row: one group
+    moved = rng.integers(0, 5, 4000)
+    t = (b + moved).astype("<u2")
+    payload, limit = ULP.measured(t.view(np.uint8), b.view(np.uint8), d, 4000)
+    share = np.bincount(moved) / 4000
+    entropy = -(share * np.log2(share)).sum() * 4000 / 8
+    assert abs(limit - entropy) < 1e-6 * entropy
+    assert limit < len(payload) < 1.25 * limit
+    assert ULP.measured(b.view(np.uint8), b.view(np.uint8), d, 4000) == (b"", 0.0)
+
+
+def test_the_limit_of_many_is_estimated_well():
+    rng, d = np.random.default_rng(7), BY_NAME["BF16"]
+    base, tuned = tuned_pair(1 << 20, rng)
+    payload, limit = ULP.measured(tuned, base, d, 1024)
+    assert 0.97 * limit < len(payload) < 1.06 * limit
+    moved = ulp.differences(ulp.words(tuned, d), ulp.words(base, d), d)
+    share = np.bincount(moved) / len(moved)
+    assert limit < -(share[share > 0] * np.log2(share[share > 0])).sum() * len(moved) / 8  # contexts tell something

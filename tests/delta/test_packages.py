@@ -349,6 +349,7 @@ def test_the_bytes_of_a_package_are_fixed(tmp_path, monkeypatch):
         for tensor in data["tensors"].values():
             if "layer" in tensor:
                 del tensor["layer"]["lengths"], tensor["layer"]["checks"]
+                tensor["layer"].pop("limit", None)
     assert made == golden
     kept = Path(__file__).parent / "golden.delta.safetensors"
     apply(on_base(kept, tmp_path / "base"), tmp_path / "out")
@@ -358,3 +359,37 @@ def test_the_bytes_of_a_package_are_fixed(tmp_path, monkeypatch):
     header = json.loads(raw[8 : 8 + length])
     assert list(header) == ["__metadata__", "tensor/w/data", "header/0", "delta/manifest"]
     assert header["__metadata__"]["delta.spec"] == "1" and (8 + length) % 1024 == 0
+
+
+@pytest.mark.parametrize("memory,most", [(1, 1), (10**9, 4)])
+def test_lossy_tensors_share_a_memory_budget(tmp_path, monkeypatch, memory, most):
+    """However many threads: no two are coded at once that together take more; the package does not depend on it."""
+    import threading
+    import time
+
+    from surgery.delta import choices
+    from surgery.delta import pack as packing
+    from surgery.inputs import open_node
+
+    base, tuned = pair(tmp_path)
+    lock, under_way, seen = threading.Lock(), 0, []
+    whole = packing.code_lossy
+
+    def slowly(*arguments):
+        nonlocal under_way
+        with lock:
+            under_way += 1
+            seen.append(under_way)
+        time.sleep(0.02)
+        try:
+            return whole(*arguments)
+        finally:
+            with lock:
+                under_way -= 1
+
+    choose = choices.fixed(open_node(str(tuned)), "sign", {}, ())
+    wanted = packed(base, tuned, tmp_path / "w.delta.safetensors", choose=choose, threads=1).read_bytes()
+    monkeypatch.setattr(packing, "code_lossy", slowly)
+    made = packed(base, tuned, tmp_path / "m.delta.safetensors", choose=choose, threads=4, memory=memory).read_bytes()
+    assert made == wanted
+    assert len(seen) == 6 and max(seen) <= most and (max(seen) > 1) == (most > 1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_checkpoint
-from lab_rig import Net, classifier, language_model, write
+from lab_rig import WORDS, Net, classifier, language_model, write, write_tokenizer
 
 import surgery
+import surgery.lab as lab
 from surgery.engine.compute import compute
 from surgery.engine.jobs import MeasurePhase
 from surgery.engine.plan import make_plan
@@ -243,3 +244,22 @@ def test_memory_stays_in_its_bound(tmp_path: Path) -> None:
     for alpha in (0.1, 0.2, 0.3):
         resident.show(make_plan(make(registry["slerp"], rig_models, {"t": alpha})), "m")
         assert resident._recomputer._room.used <= 50_000
+
+
+def test_a_recipe_that_aligns_tokenizers_is_evaluated_with_the_tokenizer_it_would_write(tmp_path: Path) -> None:
+    language_model(tmp_path / "a", seed=0)
+    language_model(tmp_path / "b", seed=1)
+    write_tokenizer(tmp_path / "b", [*WORDS[:4], *reversed(WORDS[4:])])  # the same words in other rows
+    (tmp_path / "r.yaml").write_text(
+        "models: {a: a, b: b}\nsteps:\n  m: {op: average, of: [a, b]}\noutput: {from: m, tokenizer: union}\n"
+    )
+    (tmp_path / "t.txt").write_text("the film was very good not a bad plot")
+    (tmp_path / "tasks.yaml").write_text("tasks: {t: {kind: perplexity, test: t.txt}}")
+    run(planned(tmp_path / "r.yaml"), tmp_path / "out", threads=1)
+    found = lab.evaluate(tmp_path / "r.yaml", tmp_path / "tasks.yaml")["t"]
+    assert found == lab.evaluate(tmp_path / "out", tmp_path / "tasks.yaml")["t"]
+    resident = lab.Resident()
+    for _ in range(2):
+        subject = resident.show(planned(tmp_path / "r.yaml"), "m")
+        assert subject.tokenizer("film")["input_ids"] != subject.tokenizer("good")["input_ids"]
+    assert len(resident._tokenizers) == 1

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from lab_rig import Net, language_model
+from lab_rig import Net, language_model, write
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -314,6 +315,15 @@ def test_directories_that_are_taken(work: Path, resident: lab.Resident) -> None:
     (work / "merge.yaml").write_text(MERGE.replace("1.0", "0.9"))
     with pytest.raises(Refused, match="of another file"):
         lab.sweep(path, work / "out", resume=True, resident=resident)
+
+
+def test_models_that_changed_end_a_sweep(work: Path, resident: lab.Resident) -> None:
+    text = "method: greedy_soup\nmodels: [base, mine]\nobjective: {rot90: accuracy}"
+    write(Net(), work / "mine")
+    lab.sweep(sweep_file(work, text), work / "out", resident=resident, settings=FAST)
+    os.utime(work / "mine" / "model.safetensors", ns=(10**18, 10**18))
+    with pytest.raises(Refused, match="models or version changed"):
+        lab.sweep(work / "s.yaml", work / "out", resume=True, resident=resident, settings=FAST)
 
 
 def test_best_is_found_from_where_it_lies(work: Path, resident: lab.Resident, tmp_path_factory: pytest.TempPathFactory) -> None:

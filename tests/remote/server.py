@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -48,10 +49,12 @@ class Fault:
 
 
 class Server:
-    """See the module. latency: seconds before every answer. hub: also answer as the hub does, for models in `folder`/org/name."""
+    """See the module. latency: seconds before every answer. tls: a file with certificate and key. Below /api and /org/name/resolve
+    it answers as the hub does, for models in `folder`/org/name."""
 
-    def __init__(self, folder: Path, *, latency: float = 0.0, rate: float | None = None, token: str | None = None) -> None:
-        self.folder, self.latency, self.rate, self.token = folder, latency, rate, token
+    def __init__(self, folder: Path, *, latency: float = 0.0, rate: float | None = None, tls: str | None = None) -> None:
+        self.folder, self.latency, self.rate = folder, latency, rate
+        self.token: str | None = None  # what the hub wants to see, from then on
         self.faults: list[Callable[[Request], Fault | None]] = []
         self.log: list[Request] = []
         self.lock = threading.Lock()
@@ -71,7 +74,11 @@ class Server:
 
         self._server = Listener(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' * (tls is not None)}://127.0.0.1:{self._server.server_address[1]}"
         self.cdn = f"http://localhost:{self._server.server_address[1]}/cdn"  # another host, as clients see it
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 

@@ -60,6 +60,18 @@ def test_headers_of_many_shards_in_one_round(web: Server) -> None:
     assert len(weights_asked(web)) == 61  # and model.safetensors, which is not there
 
 
+def test_what_needs_files_here_says_so(web: Server, tmp_path: Path) -> None:
+    a, b = llama(web.folder / "a", 1), llama(web.folder / "b", 2)
+    done = surgery("delta", "pack", "--model", f"{web.url}/b/", "--base", f"{web.url}/a/", "-o", tmp_path / "x.delta.safetensors")
+    assert done.returncode == 2 and "this needs the file on this machine" in done.stderr and "Traceback" not in done.stderr
+    assert surgery("diff", f"{web.url}/a/", a).returncode == 0 and b.is_dir()
+
+
+def test_nobody_there_is_one_line(tmp_path: Path) -> None:
+    done = surgery("inspect", "http://127.0.0.1:9/model.safetensors", cwd=tmp_path)
+    assert done.returncode == 2 and "model.safetensors: its host does not accept connections" in done.stderr
+
+
 def test_queries_and_passwords_are_used_and_not_repeated(web: Server, tmp_path: Path) -> None:
     llama(web.folder / "a", 1)
     source = open_source(web.url.replace("//", "//me:s3cret@") + "/a/model.safetensors?sig=hidden")
@@ -164,7 +176,7 @@ def test_damage_on_the_way_is_seen_where_digests_are_known(web: Server, tmp_path
     kept = path.read_bytes()
     package.ops.average(package.open(f"{web.url}/ours/"), a).save(tmp_path / "sound")
     path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    with pytest.raises(Refused, match="do not match the digest in surgery.json"):
+    with pytest.raises(Refused, match="do not match the digest"):
         package.ops.average(package.open(f"{web.url}/ours/"), a).save(tmp_path / "out")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import email.utils
 import os
 import pickle
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from server import Fault, Request, Server
 
-from surgery.remote import retry
+from surgery.remote import connection, retry
 from surgery.remote.address import parse
 from surgery.remote.http import HttpFile
 from surgery.remote.problems import Missing, RemoteProblem
@@ -66,6 +70,18 @@ def test_retry_after_is_honoured(file: HttpFile, web: Server, monkeypatch: pytes
     file.begin(10)
     waits = [w for w in waits if w > 0]  # the server's own sleeps are of zero
     assert waits[:2] == [7.0, 40.0] and 1.0 <= waits[2] <= 2.0 and 2.0 <= waits[3] <= 4.0
+
+
+def test_retry_after_may_be_a_date(file: HttpFile, web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(first=0.001, longest=40.0))
+    date = email.utils.formatdate(time.time() + 20, usegmt=True)
+    web.faults.append(first(1, Fault(status=429, headers={"Retry-After": date})))
+    web.faults.append(lambda r: Fault(status=429, headers={"Retry-After": "whenever"}) if r.number == 1 else None)
+    file.begin(10)
+    waits = [w for w in waits if w > 0]
+    assert 15 < waits[0] <= 20 and waits[1] <= 0.002
 
 
 def test_patience_ends(file: HttpFile, web: Server) -> None:
@@ -220,6 +236,27 @@ def test_an_address_that_expired_is_asked_for_again(web: Server) -> None:
     web.faults[0] = lambda r: Fault(etag='"third"') if r.path == "/cdn/real" else other
     with pytest.raises(RemoteProblem, match="its tag was content, it is other"):
         file.read(40, 10)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem, (key, crt) = tmp_path / "both.pem", (tmp_path / "key", tmp_path / "crt")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1 -keyout"
+    subprocess.run([*command.split(), key, "-out", crt], check=True, capture_output=True)
+    pem.write_bytes(key.read_bytes() + crt.read_bytes())
+    (tmp_path / "x").write_bytes(CONTENT)
+    with Server(tmp_path, tls=str(pem)) as server:
+        monkeypatch.setattr(connection, "_context", None)
+        with pytest.raises(RemoteProblem, match="certificate is not trusted: self"):
+            HttpFile(parse(f"{server.url}/x")).begin(10)
+        assert not server.log
+        monkeypatch.setattr(connection, "_context", None)
+        monkeypatch.setenv("SSL_CERT_FILE", str(crt))
+        file = HttpFile(parse(f"{server.url}/x"))
+        assert file.begin(10) == CONTENT[:10] and file.read(1000, 200_000) == CONTENT[1000:201_000]
+        server.faults.append(lambda r: Fault(status=302, headers={"Location": server.url.replace("https", "http")}))
+        with pytest.raises(RemoteProblem, match="not a safe one"):
+            file.read(0, 10)
 
 
 def test_a_file_can_be_pickled(file: HttpFile) -> None:

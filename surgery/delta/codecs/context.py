@@ -74,7 +74,7 @@ def _scales(classes: Array, form: ulp.Form) -> Array:
 
 
 class _Order:
-    """Numbers by block, key and position: where each group's go. `sizes`: numbers of each key; `cut` says what the groups are."""
+    """Numbers by block, key and position: where each group's go. sizes: numbers of each key; `cut` says what the groups are."""
 
     def __init__(self, b: Array, classes: Array, row: int, dtype: DType) -> None:
         self._keys = _keys(b, classes, row, dtype)
@@ -174,8 +174,9 @@ def _cut(counts: Array) -> list[int]:
     return [*lasts[:-1], 255]
 
 
-def encode(t: Array, b: Array, dtype: DType, row: int) -> bytes:
-    """The frames for words `t` with reference `b`. row: numbers in a row of the tensor."""
+def encode(t: Array, b: Array, dtype: DType, row: int) -> tuple[bytes, float]:
+    """The frames for words `t` with reference `b`, and the bits that no code for single symbols can do without. row: numbers
+    in a row of the tensor."""
     row = _context_row(row, t.size)
     with np.errstate(invalid="ignore", over="ignore"):
         classes = _classes(t, b, row, dtype)
@@ -192,7 +193,19 @@ def encode(t: Array, b: Array, dtype: DType, row: int) -> bytes:
     head = [np.array([row], "<u2").view(np.uint8), classes.view(np.uint8), np.array([len(lasts) - 1], np.uint8)]
     head += [np.array([last, shift, flags], np.uint8) for last, (shift, flags, _) in zip(lasts, groups, strict=True)]
     body.add(np.concatenate(head))
-    return b"".join((body.take(), *(coded for _, _, coded in groups)))
+    least = sum(_least(values, shift) for values, (shift, _, _) in zip(members, groups, strict=True))
+    return b"".join((body.take(), *(coded for _, _, coded in groups))), least
+
+
+def _least(values: Array, shift: int) -> float:
+    """Bits of a group: the entropy of its symbols; escapes and what lies below the symbols as they are."""
+    if not len(values):
+        return 0.0
+    seen = values[:: max(1, len(values) // ulp.SEEN)]
+    symbols = np.minimum(np.right_shift(seen, seen.dtype.type(shift)), seen.dtype.type(255)).astype(np.uint8)
+    times = len(values) / len(seen)
+    escapes = np.count_nonzero(symbols == 255) if values.itemsize > 1 else 0
+    return shift * len(values) + times * (ulp.entropy(symbols) + 8 * values.itemsize * float(escapes))
 
 
 def _in_order(keys: Array) -> Iterator[tuple[slice, Array, Array]]:

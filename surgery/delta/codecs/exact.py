@@ -30,9 +30,14 @@ _SAMPLE = 1 << 14  # numbers in each of four samples
 
 
 class Exact(Protocol):
-    """name: with version. `encode`: a chunk's payload; `decode`: the chunk's bytes again (uint8)."""
+    """name: with version. `encode`: a chunk's payload; `decode`: the chunk's bytes again (uint8).
+
+    `measured`: the payload, and the bytes that its symbols need at the least under their contexts (order-0 entropy).
+    """
 
     name: str
+
+    def measured(self, target: Array, base: Array | None, dtype: DType, row: int) -> tuple[bytes, float]: ...
 
     def encode(self, target: Array, base: Array | None, dtype: DType, row: int) -> bytes: ...
 
@@ -51,18 +56,22 @@ class _Codec:
 
     def encode(self, target: Array, base: Array | None, dtype: DType, row: int) -> bytes:
         """target, base: the chunk's bytes (uint8) of type `dtype`; no base: it is coded alone. row: elements in a row."""
+        return self.measured(target, base, dtype, row)[0]
+
+    def measured(self, target: Array, base: Array | None, dtype: DType, row: int) -> tuple[bytes, float]:
         if base is not None and (target.tobytes() == base.tobytes() if target.size < 64 else np.array_equal(target, base)):
-            return b""
+            return b"", 0.0
         t = ulp.words(target, dtype)
         if base is None or self._mode == ALONE:
             return _alone(t, dtype)
         b = ulp.words(base, dtype)
         wide = row * (t.size * t.itemsize // max(target.size, 1))
         if self._mode == PLAIN or ulp.form_of(dtype) is None:
-            made = _plain(t, b, dtype)
+            made, least = _plain(t, b, dtype)
         else:
-            made = bytes([CONTEXT]) + context.encode(t, b, dtype, wide)
-        return _smaller(made, t, dtype)
+            made, least = context.encode(t, b, dtype, wide)
+            made = bytes([CONTEXT]) + made
+        return _smaller(made, least / 8, t, dtype)
 
     def decode(self, payload: bytes | memoryview, base: Array | None, dtype: DType, count: int) -> Array:
         """The bytes of `count` elements. Raises Refused for a payload that cannot be one of these."""
@@ -88,14 +97,14 @@ FAST = _Codec("ulp-zstd/1", PLAIN)
 ULP = _Codec("ulp-ctx-zstd/1", CONTEXT)
 
 
-def _smaller(made: bytes, t: Array, dtype: DType) -> bytes:
+def _smaller(made: bytes, least: float, t: Array, dtype: DType) -> tuple[bytes, float]:
     """`made`, or the chunk coded alone where that is smaller; of a large one samples decide whether it is tried."""
     if t.size > 8 * _SAMPLE:
         parts = [t[a : a + _SAMPLE] for a in np.linspace(0, t.size - _SAMPLE, 4).astype(int)]
-        if len(_alone(np.concatenate(parts), dtype)) * (t.size / (4 * _SAMPLE)) > 1.1 * len(made):
-            return made
+        if len(_alone(np.concatenate(parts), dtype)[0]) * (t.size / (4 * _SAMPLE)) > 1.1 * len(made):
+            return made, least
     alone = _alone(t, dtype)
-    return alone if len(alone) < len(made) else made
+    return alone if len(alone[0]) < len(made) else (made, least)
 
 
 # -- byte planes -----------------------------------------------------------------------------------------------------------
@@ -130,14 +139,22 @@ def _rotates(dtype: DType) -> bool:
     return ulp.form_of(dtype) is not None and ulp.component(dtype)[1] > 1
 
 
-def _alone(t: Array, dtype: DType) -> bytes:
+def _alone(t: Array, dtype: DType) -> tuple[bytes, float]:
+    """Payload, and bytes at the least."""
     if _rotates(dtype):
         bits = 8 * t.itemsize
         t = np.bitwise_or(np.left_shift(t, t.dtype.type(1)), np.right_shift(t, t.dtype.type(bits - 1)))
-    frames = Frames()
-    for plane in _planes(t):
+    made, least = _framed(_planes(t))
+    return bytes([ALONE]) + made, least / 8
+
+
+def _framed(planes: Iterator[Array]) -> tuple[bytes, float]:
+    """A frame for each plane, and the bits of its bytes by their frequency."""
+    frames, least = Frames(), 0.0
+    for plane in planes:
         frames.add(plane)
-    return bytes([ALONE]) + frames.take()
+        least += ulp.entropy(plane)
+    return frames.take(), least
 
 
 def _from_alone(frames: Unframed, dtype: DType, count: int) -> Array:
@@ -148,11 +165,9 @@ def _from_alone(frames: Unframed, dtype: DType, count: int) -> Array:
     return t
 
 
-def _plain(t: Array, b: Array, dtype: DType) -> bytes:
-    frames = Frames()
-    for plane in _planes(ulp.differences(t, b, dtype)):
-        frames.add(plane)
-    return bytes([PLAIN]) + frames.take()
+def _plain(t: Array, b: Array, dtype: DType) -> tuple[bytes, float]:
+    made, least = _framed(_planes(ulp.differences(t, b, dtype)))
+    return bytes([PLAIN]) + made, least
 
 
 def _from_plain(frames: Unframed, b: Array, dtype: DType) -> Array:

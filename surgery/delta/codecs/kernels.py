@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 _jit = njit(cache=True, nogil=True, error_model="numpy")
 BLOCK = 1 << 16  # numbers that are sorted together: part of the format
@@ -27,54 +26,41 @@ for _bit in range(8):
 _SPREAD = _spread.view(np.uint64).reshape(256)
 
 
-@intrinsic
-def _as(context: Any, value: Any, like: Any) -> Any:
-    """The low bits of an integer, in the type of `like`: so that arithmetic stays as narrow as the words."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.cast(builder, arguments[0], signature.args[0], signature.args[1])
-
-    return (like if isinstance(like, types.Integer) else types.uint64)(value, like), generate
-
-
-# -- differences ---------------------------------------------------------------------------------------------------------------
+# -- differences -------------------------------------------------------------------------------------------------------
 
 
 @_jit
 def differences(t: Any, b: Any, ordered: bool, out: Any) -> None:
     """Zigzag differences of words. ordered: they are floats."""
     width = 8 * out.itemsize - 1
+    top = np.int64(1) << width
+    mask = 2 * top - 1
     if ordered:
         for i in range(out.size):
-            x, y = t[i], b[i]
-            top = _as(1 << width, x)
-            x = _as(x ^ _as(_as(-np.int64(_as(x >> width, x)), x) | top, x), x)
-            y = _as(y ^ _as(_as(-np.int64(_as(y >> width, y)), y) | top, y), y)
-            moved = _as(x - y, x)
-            out[i] = _as(_as(moved << 1, x) ^ _as(-np.int64(_as(moved >> width, x)), x), x)
+            x, y = np.int64(t[i]), np.int64(b[i])
+            moved = ((x ^ (-(x >> width) | top)) - (y ^ (-(y >> width) | top))) & mask
+            out[i] = (moved << 1) ^ -(moved >> width)
     else:
         for i in range(out.size):
-            x = t[i]
-            moved = _as(x - b[i], x)
-            out[i] = _as(_as(moved << 1, x) ^ _as(-np.int64(_as(moved >> width, x)), x), x)
+            moved = (np.int64(t[i]) - np.int64(b[i])) & mask
+            out[i] = (moved << 1) ^ -(moved >> width)
 
 
 @_jit
 def restore(zigzag: Any, b: Any, ordered: bool) -> None:
     """Zigzag differences into the words that they are of, in place."""
     width = 8 * zigzag.itemsize - 1
+    top = np.int64(1) << width
+    mask = 2 * top - 1
     if ordered:
         for i in range(zigzag.size):
-            z, y = zigzag[i], b[i]
-            top = _as(1 << width, z)
-            moved = _as(_as(z >> 1, z) ^ _as(-np.int64(_as(z & 1, z)), z), z)
-            y = _as(y ^ _as(_as(-np.int64(_as(y >> width, z)), z) | top, z), z)
-            x = _as(y + moved, z)
-            zigzag[i] = _as(x ^ _as(_as(np.int64(_as(x >> width, z)) - 1, z) | top, z), z)
+            z, y = np.int64(zigzag[i]), np.int64(b[i])
+            x = ((y ^ (-(y >> width) | top)) + ((z >> 1) ^ -(z & 1))) & mask
+            zigzag[i] = x ^ ((~(-(x >> width)) & mask) | top)
     else:
         for i in range(zigzag.size):
-            z = zigzag[i]
-            zigzag[i] = _as(b[i] + _as(_as(z >> 1, z) ^ _as(-np.int64(_as(z & 1, z)), z), z), z)
+            z = np.int64(zigzag[i])
+            zigzag[i] = np.int64(b[i]) + ((z >> 1) ^ -(z & 1))
 
 
 @_jit
@@ -115,7 +101,7 @@ def moved_bf16(t: Any, b: Any, out: Any) -> None:
         _subtract(x.view(np.float32), y.view(np.float32), out[a:z])
 
 
-# -- contexts --------------------------------------------------------------------------------------------------------------------
+# -- contexts ----------------------------------------------------------------------------------------------------------
 
 
 @_jit
@@ -230,7 +216,7 @@ def _scatter_full(keys: Any, at: Any, values: Any, members: Any) -> None:
         members[p3] = v3
 
 
-# -- the parts of a group ----------------------------------------------------------------------------------------------------------
+# -- the parts of a group ----------------------------------------------------------------------------------------------
 
 
 @_jit

@@ -7,6 +7,7 @@ is stored zigzag: 0, -1, 1, -2, … as 0, 1, 2, 3, …
 
 from __future__ import annotations
 
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from surgery.checkpoint.dtypes import DType
 from surgery.delta.codecs import fast
 
 Array = NDArray[Any]
+SEEN = 1 << 12  # symbols that an entropy is measured on, at least, unless there are fewer
 
 
 class Form(NamedTuple):
@@ -100,6 +102,20 @@ def _unordered(words: Array) -> Array:
     np.invert(made, out=made)
     np.bitwise_or(made, words.dtype.type(1 << (bits - 1)), out=made)
     return np.bitwise_xor(made, words, out=made)
+
+
+def entropy(symbols: Array) -> float:
+    """Bits of `symbols` (uint8) if each is coded by how frequent it is: order-0 entropy, from an even sample where there are
+    many (with Miller and Madow's correction)."""
+    if not len(symbols):
+        return 0.0
+    seen = symbols[:: max(1, len(symbols) // SEEN)]
+    counts = np.bincount(seen)
+    share = counts[counts > 0] / len(seen)
+    bits = float(-(share * np.log2(share)).sum())
+    if len(seen) < len(symbols):
+        bits += (len(share) - 1) / (2 * len(seen) * log(2))
+    return bits * len(symbols)
 
 
 def exponents(words: Array, dtype: DType) -> Array:

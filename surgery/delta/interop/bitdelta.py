@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from surgery.checkpoint.pickled import check_archive
 from surgery.checkpoint.source import Source
 from surgery.delta.codecs.base import Coded
 from surgery.delta.interop.files import Array, Values, appearing, rounded, write_checkpoint
@@ -34,6 +35,7 @@ def read_bitdelta(path: str | Path, base: Source) -> BitDelta:
     """Read a diff and match it with the base's tensors. Raises Refused for what does not fit, and for pickles that run code."""
     import torch
 
+    check_archive(str(path))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises half a dozen types; every one means the same here
