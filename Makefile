@@ -11,7 +11,7 @@ INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(INSTALL) -e ".[dev,demo,fast]"
+	$(INSTALL) -e ".[dev,demo,fast,lab]"
 	touch $@
 
 demo: $(VENV)/installed

@@ -131,8 +131,8 @@ def identity(search: Search) -> str:
             plan = plan_of(location)
         except SurgeryError:
             continue  # a recipe that only some of its points can be made of; what is wrong is said when it is tried
-        for path, state in sorted(plan.files.items() if plan is not None else ()):
-            digest.update(f"{Path(path).name}\0{state.size}\0{state.mtime_ns}".encode())
+        for file_path, state in sorted(plan.files.items() if plan is not None else ()):
+            digest.update(f"{Path(file_path).name}\0{state.size}\0{state.mtime_ns}".encode())
     return digest.hexdigest()
 
 
