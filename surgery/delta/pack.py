@@ -260,7 +260,8 @@ class _Job:
         for name, pairing, choice in plan:
             if choice is not None:
                 waiting.append((name, pairing, choice, 1))
-                each = _PER_FACTORED if getattr(choice[0], "matrix", False) else _PER_ELEMENT
+                factored = getattr(choice[0], "matrix", False) or choice[0].name.startswith("hybrid/")
+                each = _PER_FACTORED if factored else _PER_ELEMENT
                 yield each * pairing.target.numel, code_lossy, pairing, self._readers, choice[0], choice[1]
                 continue
             ranges = fingerprint.chunks(pairing.target.shape)
