@@ -61,8 +61,8 @@ def slerp(count: int, *, t: float, like: str, measured: Array) -> list[float]:
         cos(theta) = <a, b> / (|a| |b|)
         out = sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b
         With 1 - |cos(theta)| < 1e-6, or a zero vector, the straight line: (1 - t) a + t b.
-        like: mergekit takes the straight line from |cos(theta)| > 0.9995 on, and a zero vector for orthogonal; the two differ by
-        up to 6e-5 of the values.
+        like: mergekit takes the straight line from |cos(theta)| > 0.9995 on, and a zero vector for orthogonal; the two differ
+        by up to 6e-5 of the values.
     Shapes:
         Two tensors of one shape -> the same shape; the angle is taken over the flattened tensor.
     Evidence:

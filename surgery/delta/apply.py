@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
 from surgery.engine.jobs import Phase
 from surgery.engine.journal import Journal
-from surgery.engine.output import JOURNAL, Output
+from surgery.engine.output import JOURNAL, Output, settle
 from surgery.engine.reader import Reader
 from surgery.errors import Failed, Refused
 from surgery.graph.expr import Read, walk
@@ -63,15 +63,13 @@ def apply(
     fast.load(layout.total)
     side = {path: node.file(path) or b"" for path in node.package.manifest.data["files"]}  # refused early, if at all
     final = Path(out)
+    if resume and settle(final, _token(node)):
+        return Applied(final, len(node.tensors), len(node.tensors), layout.size, time.perf_counter() - began)
     target = Output(final, _inputs(node), resume=resume, overwrite=overwrite)
     going_on = target.claim(_token(node), resume=resume)
     try:
         target.check_space(layout.size + sum(map(len, side.values())))
-        resumed = _stream(node, layout, target.directory, going_on, _workers(threads), progress or (lambda n: None))
-        for path, content in side.items():
-            place = target.directory / path
-            place.parent.mkdir(exist_ok=True)
-            _write(place, content)
+        resumed = _stream(node, layout, side, target.directory, going_on, _workers(threads), progress or (lambda n: None))
         target.publish()
     except Refused:
         target.release() if going_on else target.abandon()
@@ -133,16 +131,31 @@ def _jobs(node: PackageNode, names: list[str], put: Put, finished: Callable[[str
         yield Job(partial(RebuildPhase, name, expr, put, finished))
 
 
-def _stream(node: PackageNode, layout: Layout, folder: Path, going_on: bool, workers: int, progress: Progress) -> int:
-    """Make everything that is not done yet; returns how many tensors an earlier run had finished."""
+def _stream(
+    node: PackageNode,
+    layout: Layout,
+    side: Mapping[str, bytes],
+    folder: Path,
+    going_on: bool,
+    workers: int,
+    progress: Progress,
+) -> int:
+    """Make everything that is not done yet, then the files beside it, then the headers that make the weights readable.
+
+    Returns how many tensors an earlier run had finished."""
     entries = node.package.manifest.entries
-    writer = Writer(folder, layout, fresh=not going_on)
+    writer = Writer(folder, layout, fresh=not going_on, sealed=False)
     journal = Journal(folder / JOURNAL, _token(node), resume=going_on)
     reader = Reader(_files(node))
     try:
         left = [n for n in node.tensors if n not in journal.done or not _kept(node, n, writer, progress)]
         executor = Executor(workers, lambda: Evaluator(reader), room=0, progress=progress)
         executor.run(_jobs(node, left, writer.write, lambda name: journal.add(name, entries[name].target.sha256)))
+        for path, content in side.items():
+            place = folder / path
+            place.parent.mkdir(exist_ok=True)
+            _write(place, content)
+        writer.seal()
         return len(node.tensors) - len(left)
     finally:
         journal.close()
