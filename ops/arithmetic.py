@@ -107,7 +107,7 @@ def analogy(count: int) -> list[float]:
     return [-1.0, 1.0, 1.0]
 
 
-@linear("pass", takes=takes("x", space="same"), gives="first")
+@linear("pass", takes=takes("x", space="same"), gives="first", copies=True)
 def pass_(count: int) -> list[float]:
     """Hand a checkpoint on as it is.
 

@@ -158,6 +158,7 @@ class Op:
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     reduces: Callable[..., Sequence[float] | None] = field(default=lambda count, shape, depth, **_: None)
     # (count, shape, depth, **params): coefficients where the operator is a plain weighted sum for tensors of that shape
+    copies: bool = False  # hands stored bytes on: codes of a quantised model stay what they are
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)

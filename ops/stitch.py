@@ -11,6 +11,7 @@ from surgery.ops.declare import REQUIRED, Param, linear, takes
     "stitch",
     takes=takes("models…", space="same", at_least=1),
     gives="first",
+    copies=True,
     params=[Param("rules", "rules", REQUIRED, "Name glob -> which input; the first that matches wins.", fixed=True)],
 )
 def stitch(count: int, *, rules: Mapping[str, int]) -> list[float]:

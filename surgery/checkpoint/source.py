@@ -66,6 +66,11 @@ class Source:
         """The parsed config.json beside the weights, or None."""
         return read_json(self.directory / "config.json") if self.directory else None
 
+    @cached_property
+    def holds_codes(self) -> bool:
+        """True if a tensor is of a type that quantised models store their codes in: 8-bit floats or integers."""
+        return any(t.dtype.is_scaled_code or t.dtype.name == "I8" for t in self.tensors.values())
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())

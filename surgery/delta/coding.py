@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from surgery.checkpoint.dtypes import DType
 from surgery.delta import fingerprint
 from surgery.delta.codecs.base import Coded, Lossy
 from surgery.delta.codecs.exact import Exact
@@ -104,8 +106,32 @@ def delta_of(pairing: Pairing, readers: Readers) -> tuple[Array, list[str]]:
     return delta, leaves
 
 
+def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
+    """What an error of at most `bound` can be once the result, at most `largest`, is stored as `dtype`.
+
+    The true value is storable, so rounding to the nearest cannot take the result further from where it was than that value is:
+    twice the bound; nor by more than half a unit in the last place. float32 arithmetic comes on top.
+    """
+    kind = ml_dtypes.finfo(convert.typed(np.empty(0, np.uint8), dtype).dtype)
+    half = largest * float(kind.eps) / 2 + float(kind.smallest_subnormal)
+    return min(2.0 * bound, bound + half) + largest * 2.0**-22
+
+
 def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
-    """A whole tensor, coded; its error measured on what a reader will get, final rounding included."""
+    """A whole tensor, coded; its error measured on what a reader will get, final rounding included.
+
+    An asked `max_error` holds for that too: where rounding spoils it the tensor is coded again at half of it, which suffices.
+    """
+    made = _coded(pairing, readers, codec, options)
+    asked = options.get("max_error")
+    if asked is not None and made.error["max_abs"] > asked:
+        made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2})
+    if asked is not None and made.error["max_abs"] <= asked and "bound" in made.error:
+        made.error["bound"] = min(made.error["bound"], asked)
+    return made
+
+
+def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
     target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
     ranges = fingerprint.chunks(shape)
     delta, base_leaves = delta_of(pairing, readers)
@@ -115,7 +141,7 @@ def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mappin
     except Refused as problem:
         raise Refused(f"`{target.name}`: {problem.message}", hint=problem.hint) from None
     made = LossyTensor(coded, [], base_leaves)
-    dd = dr = ee = largest = 0.0
+    dd = dr = ee = largest = top = 0.0
     for a, b in ranges:
         _, ref, _ = pairing.bits(readers, a, b)
         assert ref is not None
@@ -128,6 +154,7 @@ def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mappin
         r -= d
         ee += float(np.einsum("i,i->", r, r))
         largest = max(largest, float(np.abs(r).max(initial=0.0)))
+        top = max(top, float(np.abs(convert.typed(result, dtype).astype(np.float64)).max(initial=0.0)))
     made.error = {
         "max_abs": largest,
         "rel_fro": sqrt(ee / dd) if dd else (0.0 if ee == 0.0 else None),
@@ -135,5 +162,5 @@ def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mappin
     }
     bound = (coded.facts.get("error") or {}).get("bound")
     if bound is not None:
-        made.error["bound"] = float(bound)
+        made.error["bound"] = _after_rounding(float(bound), dtype, top)
     return made

@@ -140,6 +140,13 @@ class Tensor:
     def nbytes(self) -> int:
         return self.numel * self.dtype.size
 
+    def holds(self, start: int, raw: Any) -> bool:
+        """Whether `raw` (uint8) is this tensor's chunk that begins at element `start`."""
+        found = fingerprint.digest(raw)
+        if self.leaves:
+            return found == self.leaves[start // fingerprint.step_of(self.shape)]
+        return fingerprint.tensor_hash(self.dtype, self.shape, [found]) == self.sha256
+
 
 @dataclass(frozen=True)
 class Entry:

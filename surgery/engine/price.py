@@ -8,11 +8,11 @@ from typing import Any
 from surgery.checkpoint.source import RemoteState
 from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
+from surgery.engine.reader import stream_room
 from surgery.graph.expr import Applied, Literal, Mapped, Measure, Read, walk
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
-ROOM = 128 << 20  # what is read ahead from the network, see surgery.remote.ahead
 KERNELS = 70 * 10**6  # what the compiled kernels add
 KERNELS_PAY = 400 * 10**6  # bytes read and written from which on they are worth loading
 PER_PROGRAM = 3000  # plan and journal, per output tensor
@@ -51,5 +51,5 @@ def peak_memory(cost: Price, programs: int, threads: int) -> int:
     worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1)
     fixed = INTERPRETER + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
     fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
-    fixed += ROOM if cost.streams else 0
+    fixed += stream_room() if cost.streams else 0
     return fixed + threads * (worker + cost.whole_tensor)

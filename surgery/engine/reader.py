@@ -22,6 +22,11 @@ STREAM_MEMORY = "SURGERY_STREAM_MEMORY"  # bound on bytes of remote files held, 
 _MAX_OPEN = 200
 
 
+def stream_room() -> int:
+    """Bytes of remote files that are held at most, what is read ahead included."""
+    return parse_size(os.environ.get(STREAM_MEMORY, ROOM))
+
+
 class _Handle:
     """An open file; closed when nobody uses it any more."""
 
@@ -92,7 +97,7 @@ class Reader:
         """The same from a file that lies elsewhere."""
         with self._lock:
             if self._ahead is None:
-                self._ahead = Ahead(room=parse_size(os.environ.get(STREAM_MEMORY, ROOM)))
+                self._ahead = Ahead(room=stream_room())
             self._elsewhere[stored.path] = state
         try:
             self._ahead.read(state.file, offset, memoryview(out), (stored.offset, stored.offset + stored.nbytes))  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from surgery.graph.scaled import dequantised
 from surgery.ops.declare import REQUIRED, Op
 from surgery.ops.lazy import torch
 
-_COPYING = ("pass", "stitch")  # hand stored bytes on: codes of a quantised model stay what they are
 MISSING = {
     "error": "refuse the plan",
     "keep": "take the tensor from the first input that has it, unchanged",
@@ -50,7 +49,7 @@ class OpNode(Node):
     ) -> None:
         super().__init__(label, where)
         self.op, self.missing = op, missing
-        self.inputs = tuple(inputs) if op.name in _COPYING else tuple(map(dequantised, inputs))
+        self.inputs = tuple(inputs) if op.copies else tuple(map(dequantised, inputs))
         models = op.takes.models(len(self.inputs))
         self.models, self.statistics = self.inputs[:models], self.inputs[models:]
         self.plain: list[str] = []  # tensors combined without statistics, though the operator takes them

@@ -116,7 +116,7 @@ class DequantisedNode(EditNode):
 
 def dequantised(node: Node) -> Node:
     """`node` itself, or its weights where it holds codes with scales."""
-    if not any(t.dtype.is_scaled_code or t.dtype.name == "I8" for s in sources_of(node) for t in s.source.tensors.values()):
+    if not any(s.source.holds_codes for s in sources_of(node)):
         return node
     method = ((node.config or {}).get("quantization_config") or {}).get("quant_method")
     if method is not None and method not in _METHODS:

@@ -13,11 +13,11 @@ from typing import Any
 from surgery.checkpoint.sidecar import copy_sidecars, write_json
 from surgery.engine.plan import Plan
 from surgery.errors import Refused
-from surgery.lab.architecture import load_state
 from surgery.lab.recompute import Array, Recomputer
 from surgery.lab.room import Room, default_room
 from surgery.lab.subject import Subject
 from surgery.lab.token import Tokens
+from surgery.live import load_state
 
 Builder = Callable[[Mapping[str, Any]], Any]
 
@@ -154,7 +154,8 @@ class Resident:
 
     def _construct(self, plan: Plan, name: str, state: dict[str, Any]) -> Any:
         if self._builder is None:
-            return load_state(name, plan.config, dict(state), dtype=self._dtype).to(self._device)
+            hint = "--module FILE.py:FUNCTION builds any module"
+            return load_state(name, plan.config, dict(state), hint=hint, dtype=self._dtype).to(self._device)
         module = self._builder(plan.config or {})
         own = module.state_dict()
         for given, known, what in ((own, state, "lacks"), (state, own, "has a tensor that the module does not know:")):

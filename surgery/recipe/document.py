@@ -19,11 +19,11 @@ _MAX_DEPTH = 100  # libyaml's composer recurses in C, and would overflow the sta
 _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)  # of PyYAML, for values like 2024-13-45
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Safe loading, with `1e-3` read as a number (YAML 1.1 wants `1.0e-3`)."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
@@ -35,7 +35,7 @@ def _whole_number(loader: Any, node: yaml.Node) -> int:
     return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_text(path: Path) -> str:
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
 def check_size(text: str, where: object) -> None:
     """Refuse YAML with more nodes or levels than any recipe has, from its events: before anything is built of it."""
     depth = 0
-    for count, event in enumerate(yaml.parse(text, _Loader)):
+    for count, event in enumerate(yaml.parse(text, Loader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -66,6 +66,14 @@ def check_size(text: str, where: object) -> None:
             raise Refused(f"{where}: too large: more than {_MAX_NODES} values")
 
 
+def not_yaml(path: Path, problem: yaml.YAMLError) -> Refused:
+    """What a file that cannot be parsed is refused with."""
+    mark = getattr(problem, "problem_mark", None)
+    at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+    return Refused(f"{path}{at}: not valid YAML: {what}")
+
+
 class Document:
     """`data` is what the file says; `place(path)` is `file:line:col` of the value at a path of keys and indices."""
 
@@ -74,16 +82,13 @@ class Document:
         self.text = read_text(path)
         self._places: dict[Path_, tuple[int, int]] = {}
         self._count = 0
-        loader = _Loader(self.text)
+        loader = Loader(self.text)
         try:
             check_size(self.text, path)
             root = loader.get_single_node()
             self.data: Any = None if root is None else self._build(loader, root, (), ())
         except yaml.YAMLError as problem:
-            mark = getattr(problem, "problem_mark", None)
-            at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-            what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-            raise Refused(f"{path}{at}: not valid YAML: {what}") from None
+            raise not_yaml(path, problem) from None
         except RecursionError:
             raise Refused(f"{path}: nested too deeply") from None
         finally:
@@ -154,7 +159,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise Refused(f"--set {text}: expected KEY=VALUE", hint="for example --set steps.task.density=0.3")
-    loader = _Loader(value)
+    loader = Loader(value)
     try:
         check_size(value, f"--set {key.strip()}")
         return key.strip(), loader.get_single_data()

@@ -27,6 +27,7 @@ import surgery
 from surgery.delta import fingerprint
 from surgery.delta.apply import apply, verify
 from surgery.delta.check import verify_package
+from surgery.delta.choices import fixed
 from surgery.delta.codecs.exact import FAST, RAW
 from surgery.delta.container import Package
 from surgery.delta.pack import pack
@@ -393,3 +394,48 @@ def test_lossy_tensors_share_a_memory_budget(tmp_path, monkeypatch, memory, most
     made = packed(base, tuned, tmp_path / "m.delta.safetensors", choose=choose, threads=4, memory=memory).read_bytes()
     assert made == wanted
     assert len(seen) == 6 and max(seen) <= most and (max(seen) > 1) == (most > 1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_the_stated_bound_holds_for_what_a_reader_gets(tmp_path: Path, dtype: str, size: float) -> None:
+    """A quantiser's bound is stated with the rounding of the result included: near large weights that is the larger part."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    generator, kind = torch.Generator().manual_seed(3), getattr(torch, dtype)
+    base = (torch.randn(70, 90, generator=generator) * size).to(kind)
+    tuned = (base.double() + torch.randn(70, 90, generator=generator) * size * 1e-2).to(kind)
+    for name, tensor in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file({"model.layers.0.x.weight": tensor}, tmp_path / name / "model.safetensors")
+    choose = fixed(open_node(str(tmp_path / "tuned")), "dither", {"bits": 1.0}, ["*"])
+    node = on_base(packed(tmp_path / "base", tmp_path / "tuned", choose=choose), tmp_path / "base")
+    (entry,) = node.package.manifest.entries.values()
+    stated = entry.layer["error"]
+    assert stated["max_abs"] <= stated["bound"]
+    apply(node, tmp_path / "out")
+    got = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.x.weight"]
+    worst = float((got.double() - tuned.double()).abs().max())
+    assert worst == pytest.approx(stated["max_abs"], rel=1e-3, abs=1e-12) and worst <= stated["bound"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("most", [1e-4, 1e-3, 1e-2])
+def test_an_asked_error_holds_after_rounding(tmp_path: Path, dtype: str, most: float) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    generator, kind = torch.Generator().manual_seed(4), getattr(torch, dtype)
+    base = torch.randn(70, 90, generator=generator).to(kind)
+    tuned = (base.double() + torch.randn(70, 90, generator=generator) * 1e-2).to(kind)
+    for name, tensor in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file({"model.layers.0.x.weight": tensor}, tmp_path / name / "model.safetensors")
+    choose = fixed(open_node(str(tmp_path / "tuned")), "dither", {"max_error": most}, ["*"])
+    node = on_base(packed(tmp_path / "base", tmp_path / "tuned", choose=choose), tmp_path / "base")
+    apply(node, tmp_path / "out")
+    got = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.x.weight"]
+    assert float((got.double() - tuned.double()).abs().max()) <= most
+    (entry,) = node.package.manifest.entries.values()
+    assert entry.layer["error"]["bound"] <= most

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from surgery.errors import Refused
-from surgery.recipe.document import Document, _Loader, check_size, read_text
+from surgery.recipe.document import Document, Loader, check_size, not_yaml, read_text
 
 MARK = "merge_method"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -57,7 +57,7 @@ def read_documents(path: Path) -> list[Part] | None:
         return None  # the reader of native recipes says what is wrong
     if MARK not in text:
         return None
-    loader = _Loader(text)
+    loader = Loader(text)
     parts = []
     try:
         check_size(text, path)
@@ -65,10 +65,7 @@ def read_documents(path: Path) -> list[Part] | None:
             node = loader.get_node()
             parts.append(Part(path, text, loader, node))
     except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-        raise Refused(f"{path}{at}: not valid YAML: {what}") from None
+        raise not_yaml(path, problem) from None
     except RecursionError:
         raise Refused(f"{path}: nested too deeply") from None
     finally:
