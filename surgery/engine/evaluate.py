@@ -14,6 +14,7 @@ import numpy as np
 from surgery.checkpoint.dtypes import BF16, DType
 from surgery.checkpoint.stored import Stored
 from surgery.engine import convert
+from surgery.engine.blocks import Blocks, Workspace
 from surgery.engine.convert import Array
 from surgery.engine.digest import piece_digests
 from surgery.engine.pieces import PIECE
@@ -48,6 +49,7 @@ class Evaluator:
         self._used = 0
         self._raw = np.empty(PIECE * 8, np.uint8)
         self.scratch = np.empty(PIECE * 8, np.uint8)
+        self._blocks: Workspace | None = None
         self._small = False  # few elements from elsewhere are wanted: not worth a buffer of the arena
         self.sound: bool | None = None  # whether the last output is all finite; None: not known
         self._work: Any = np.float32
@@ -94,7 +96,7 @@ class Evaluator:
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """Plain multiplications and additions in a fixed order: the same bits on every machine."""
-        anchored, coefs, args = _ordered(coefs, args)
+        anchored, coefs, args = ordered(coefs, args)
         if anchored:
             return self._anchored(coefs, args, shape)
         total: Array | None = None  # may be a borrowed value until something is added to it
@@ -230,9 +232,34 @@ class Evaluator:
         result: Array = made.detach().reshape(-1).cpu().numpy()
         return result.astype(self._work, copy=False)
 
-    def at(self, expr: Applied) -> At:
-        """Where the current piece lies, as operators and statistics are told."""
-        return At(expr.part, self._start, row_length(expr.shape), expr.key)
+    def at(self, expr: Applied, start: int | None = None) -> At:
+        """Where the current piece (or the one that begins at `start`) lies, as operators and statistics are told."""
+        return At(expr.part, self._start if start is None else start, row_length(expr.shape), expr.key)
+
+    # -- blocks: see surgery.engine.blocks -------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> Profile | None:
+        return self._profile
+
+    def workspace(self) -> Workspace:
+        self._blocks = self._blocks or Workspace()
+        return self._blocks
+
+    def whole(self, reads: Sequence[Read]) -> bool:
+        return any(id(r.source) in self._watched for r in reads)
+
+    def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
+        kept = self._start, self._stop
+        self._start, self._stop = start, stop
+        self._fetch(read, out)
+        self._start, self._stop = kept
+
+    def in_blocks(self, blocks: Blocks) -> Array | None:
+        """The piece of a program as bfloat16 bytes, as `output` makes it; None if it cannot be computed so."""
+        out = self._space(2)
+        self.sound = blocks.output(self, self._start, self._stop, out)
+        return out if self.sound is not None else None
 
     # -- stored bytes ----------------------------------------------------------------------------------------------------
 
@@ -318,7 +345,7 @@ class Evaluator:
             return self._sum_fused(coefs, args)
 
     def _sum_fused(self, coefs: Sequence[float], args: Sequence[Expr]) -> Array:
-        anchored, coefs, args = _ordered(coefs, args)
+        anchored, coefs, args = ordered(coefs, args)
         out, factors = self._space(2), np.array(coefs, np.float32)
         watched = any(id(a.source) in self._watched for a in args if isinstance(a, Read))
         step = self._stop - self._start if watched else _FUSED
@@ -387,7 +414,7 @@ def _combination(expr: Applied | Weighted) -> tuple[Sequence[Any], Sequence[Expr
     return [c for c, _ in kept], [a for _, a in kept]
 
 
-def _ordered(coefs: Sequence[Any], args: Sequence[Expr]) -> tuple[bool, Sequence[Any], Sequence[Expr]]:
+def ordered(coefs: Sequence[Any], args: Sequence[Expr]) -> tuple[bool, Sequence[Any], Sequence[Expr]]:
     """In which order a sum is added up, and whether relative to its first term: see `Evaluator._sum`."""
     narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
     if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from surgery.checkpoint.dtypes import BF16
 from surgery.engine import convert
+from surgery.engine.blocks import Blocks
 from surgery.engine.digest import combine, piece_digests
 from surgery.engine.evaluate import Disagreement, Evaluator
 from surgery.engine.pieces import WINDOW, pieces, segments
@@ -46,6 +48,7 @@ class MeasurePhase(Phase):
         found = traits([a for part in measure.parts for a in part.args])
         self._wide, self._whole, self._shared = wide or found.wide, found.whole, found.shared
         self._work: list[tuple[Applied, int, int]] = []
+        self._blocks: dict[int, Blocks | None] = {}
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -64,16 +67,32 @@ class MeasurePhase(Phase):
         for i in self._runs[task]:
             part, start, stop = self._work[i]
             evaluator.begin(start, stop, wide=self._wide, shared=self._shared)
-            inputs = [evaluator.values(a) for a in part.args]
-            if self._lenient:
-                inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
             at = evaluator.at(part)
             try:
-                self._seen[i] = (at, self._statistic.observe(inputs, at))
+                self._seen[i] = self._in_blocks(evaluator, part, at, stop) or (at, self._observed(evaluator, part, at))
             except FloatingPointError:
                 raise culprit(part, start, stop, evaluator) or _too_large(part) from None
             size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
         return size
+
+    def _observed(self, evaluator: Evaluator, part: Applied, at: At) -> Any:
+        inputs = [evaluator.values(a) for a in part.args]
+        if self._lenient:
+            inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
+        return self._statistic.observe(inputs, at)
+
+    def _in_blocks(self, evaluator: Evaluator, part: Applied, at: At, stop: int) -> tuple[At, Any] | None:
+        """The same without leaving the cache, where the statistic and everything that it looks at can."""
+        watching = None if self._lenient else getattr(self._statistic, "watch", None)
+        watch = watching(at, stop - at.start) if watching is not None else None
+        if watch is None:
+            return None
+        if id(part) not in self._blocks:
+            self._blocks[id(part)] = Blocks.of(part.args, wide=self._wide, whole=self._whole)
+        blocks = self._blocks[id(part)]
+        if blocks is None or not blocks.watch(evaluator, watch, at.start, stop):
+            return None
+        return at, watch.seen()
 
     def conclude(self) -> Phase | None:
         if self._statistic.conclude(self._seen):
@@ -113,6 +132,9 @@ class WritePhase(Phase):
         self._inputs: list[list[tuple[Any, bytes]]] = [[]] * len(self._pieces)
         self._runs = segments(len(self._pieces))
         self.tasks = len(self._runs)
+        self._blocks: Blocks | None = None
+        if program.dtype is BF16:
+            self._blocks = Blocks.of_sum(program.expr, wide=program.wide, whole=program.whole)
         self._per_element = sum(e.dtype.size for e in walk([program.expr]) if isinstance(e, Read)) + program.dtype.size
 
     def do(self, evaluator: Evaluator, task: int) -> int:
@@ -121,7 +143,8 @@ class WritePhase(Phase):
             start, stop = self._pieces[i]
             evaluator.begin(start, stop, wide=program.wide, shared=program.shared)
             try:
-                out = evaluator.output(program.expr, program.dtype)
+                made = None if self._blocks is None else evaluator.in_blocks(self._blocks)
+                out = evaluator.output(program.expr, program.dtype) if made is None else made
             except Disagreement as found:
                 raise disagreement(program.name, found) from None
             if evaluator.seen:
