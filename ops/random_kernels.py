@@ -165,3 +165,10 @@ def drop(x: Any, key0: Any, key1: Any, start: Any, limit: Any, factor: Any, out:
                     for i in range(b, min(b + 64, n)):
                         if drawn[i] == byte and lower_bytes(key0, key1, first + np.uint64(i)) < rest:
                             part[i] = values[i] * factor
+
+
+@_jit
+def masked(x: Any, mask: Any, factor: Any, out: Any) -> None:
+    """x * factor where the mask is set, else x * 0, as multiplication by `mask * factor` gives it."""
+    for i in range(x.size):
+        out[i] = x[i] * (factor if mask[i] else np.float32(0))
