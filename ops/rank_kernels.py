@@ -119,26 +119,27 @@ def ranks(x: Any, room: Any, sort: bool, out: Any) -> bool:
         for i in range(row):
             out[i] = twice[bucket[i]]
         return False
-    longest = np.uint32(row if 4 * odd > row else 0)
-    if longest == np.uint32(0):
+    long = 4 * odd > row
+    if not long:
+        longest = np.uint32(0)
         for i in range(row):  # count is zero everywhere: it counts again, in mixed buckets
             b = bucket[i]
             if mixed[b]:
                 grouped[first[b] + np.int32(count[b])] = keys[i]
                 count[b] += np.uint32(1)
                 longest = max(longest, count[b])
+        long = longest > _LONG
         for i in range(row):
             b = bucket[i]
             found = twice[b]
-            if mixed[b] and longest <= _LONG:
+            if mixed[b] and not long:
                 found = _among(grouped, first[b], np.int32(count[b]), keys[i])
             out[i] = found
         for i in range(row):
             count[bucket[i]] = np.uint32(0)
-    if longest > _LONG:
+    if long:
         _sorted(keys, out)
-        return True
-    return False
+    return long
 
 
 @_jit
@@ -190,6 +191,7 @@ def _sorted(keys: Any, out: Any) -> None:
 def limits(x: Any, row: int, table: Any, out: Any) -> None:
     """out[i] = table[twice the rank of element i in its row]: uint32."""
     space, twice = room(row), np.empty(row, np.int32)
+    assert x.size % row == 0 and out.size == x.size
     sort = False
     for start in range(0, x.size, row):
         sort = ranks(x[start : start + row], space, sort, twice)
@@ -202,6 +204,7 @@ def keep(x: Any, row: int, table: Any, factors: Any, key0: Any, key1: Any, start
     """out[i] = (x[i] factors[r]) 1 where draw `start + i` is below table[r], r being twice the rank of element i in its row,
     else (x[i] factors[r]) 0."""
     space, twice = room(row), np.empty(row, np.int32)
+    assert x.size % row == 0 and out.size == x.size
     words = np.empty(row // 8 + 16, np.uint64)
     zero, one, sort = np.float32(0), np.float32(1), False
     for at in range(0, x.size, row):

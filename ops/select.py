@@ -130,11 +130,11 @@ class _Watch:
         self._room = np.empty(0, np.float32)
 
     def see(self, inputs: Sequence[Array]) -> None:
-        if len(self._room) < len(inputs[0]):
-            self._room = np.empty(len(inputs[0]), np.float32)
         for i, (x, bracket) in enumerate(zip(inputs, self._brackets, strict=True)):
             if bracket is None:
                 continue
+            if len(self._room) < len(x):
+                self._room = np.empty(len(x), np.float32)
             above, inside, finite = self._kernels.bracket(x, *self._bounds[i], self._room)
             if not finite:
                 raise FloatingPointError("a magnitude is not finite")

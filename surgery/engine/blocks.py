@@ -85,12 +85,13 @@ class Blocks:
         self._reads = [t.expr for t in tasks if isinstance(t.expr, Read) and t.kind != "decode"]
 
     @staticmethod
-    def of(exprs: Sequence[Expr], *, wide: bool, whole: bool) -> Blocks | None:
-        """The program that computes these expressions, or None. wide: in float64; whole: tensors cannot be cut."""
+    def of(exprs: Sequence[Expr], *, wide: bool, whole: bool, row: int = 1) -> Blocks | None:
+        """The program that computes these expressions, or None. wide: in float64; whole: tensors cannot be cut; row: elements
+        of which blocks must hold whole multiples."""
         if wide or whole or kernels() is None:
             return None
         try:
-            return _compile(exprs, [1.0] * len(exprs), stored=False)
+            return _compile(exprs, [1.0] * len(exprs), stored=False, row=row)
         except _Unfit:
             return None
 
@@ -199,16 +200,16 @@ class _Unfit(Exception):
     """An expression cannot be computed in blocks."""
 
 
-def _compile(exprs: Sequence[Expr], coefs: Sequence[float], *, stored: bool) -> Blocks:
+def _compile(exprs: Sequence[Expr], coefs: Sequence[float], *, stored: bool, row: int = 1) -> Blocks:
     """stored: bfloat16 tensors among `exprs` are wanted as they are stored."""
     shape = exprs[0].shape
-    order = [e for e in walk(exprs)]
+    order = list(walk(exprs))
     uses = _uses(order, exprs)
     free: list[int] = []
     used = 0
     places: dict[tuple[int, bool], int] = {}  # (id of an expression, whether as bits) -> its buffer
     tasks: list[_Task] = []
-    unit = UNIT
+    unit = lcm(UNIT, row)
 
     def take() -> int:
         nonlocal used

@@ -21,6 +21,7 @@ from surgery.engine.plan import Program, traits
 from surgery.engine.profile import Profile
 from surgery.errors import Refused
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Measure, Read, walk
+from surgery.ops.eager import row_length
 from surgery.ops.statistics import At
 
 MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
@@ -56,7 +57,7 @@ class MeasurePhase(Phase):
         work = [(part, a, b) for part in self._measure.parts for a, b in pieces(part.shape, whole=self._whole)]
         if self._statistic.sampled:
             step = max(1, len(work) // MAX_WINDOWS)
-            work = [(part, a, min(b, a + WINDOW)) for part, a, b in work[::step]]
+            work = [(part, a, min(b, a + _window(part))) for part, a, b in work[::step]]
         self._work = work
         self._seen: list[tuple[At, Any] | None] = [None] * len(work)
         self._runs = segments(len(work))
@@ -88,7 +89,8 @@ class MeasurePhase(Phase):
         if watch is None:
             return None
         if id(part) not in self._blocks:
-            self._blocks[id(part)] = Blocks.of(part.args, wide=self._wide, whole=self._whole)
+            row = at.row or 1 if part.op.locality == "rows" else 1
+            self._blocks[id(part)] = Blocks.of(part.args, wide=self._wide, whole=self._whole, row=row)
         blocks = self._blocks[id(part)]
         if blocks is None or not blocks.watch(evaluator, watch, at.start, stop):
             return None
@@ -100,6 +102,13 @@ class MeasurePhase(Phase):
             return self._then()
         self._lay_out()
         return self
+
+
+def _window(part: Applied) -> int:
+    """Elements of a sample's window: whole rows, where something below needs those."""
+    rows = [row_length(e.shape) for e in walk(part.args) if isinstance(e, Applied) and e.op.locality == "rows"]
+    row = max(1, *rows) if rows else 1
+    return max(row, WINDOW // row * row)
 
 
 def measured(
