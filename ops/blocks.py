@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from surgery.ops.fast import kernels
+from surgery.ops.fast import addresses, kernels
 from surgery.ops.statistics import Array
 
 UNIT = 4096
@@ -43,6 +43,37 @@ class Magnitudes:
         self._blocks.append(kernels().l1_blocks(x))
         if len(x) % UNIT:
             self._rest = float(np.abs(x[len(x) - len(x) % UNIT :]).sum(dtype=np.float64))
+
+    @property
+    def total(self) -> float:
+        """Raises FloatingPointError if it is not finite."""
+        made = float(np.concatenate(self._blocks).sum() + self._rest) if self._blocks else 0.0
+        if not np.isfinite(made):
+            raise FloatingPointError("a norm is not finite")
+        return made
+
+
+class Squares:
+    """The sum of squares of a piece, as `surgery.ops.statistics.gram` sums it."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Array] = []
+        self._rest = 0.0
+
+    def add(self, x: Array) -> None:
+        """Take in the next block: float32, contiguous. Needs the kernels."""
+        whole = len(x) - len(x) % UNIT
+        blocks = kernels().gram_blocks(addresses([x]), len(x))[0, 0]
+        again = np.flatnonzero(~(np.abs(blocks) < 1e30) | (np.abs(blocks) < 1e-30))  # products left float32's range
+        if len(again):
+            rows = x[:whole].reshape(-1, UNIT)
+            again = again[rows[again].any(axis=1)]
+            wide = rows[again].astype(np.float64)
+            blocks[again] = np.einsum("ij,ij->i", wide, wide)
+        self._blocks.append(blocks)
+        if whole < len(x):
+            wide = x[whole:].astype(np.float64)
+            self._rest = float(np.einsum("i,i->", wide, wide))
 
     @property
     def total(self) -> float:

@@ -172,6 +172,12 @@ class TopK:
         for bracket in self._brackets:
             bracket.keep, bracket.total = count, total
 
+    def bounds(self, i: int) -> tuple[float, float, bool, float]:
+        """Of the coming pass over input i: where its threshold is sought, from and up to but not including; whether only
+        equal numbers lie there, which are counted; and half the share of all numbers expected there (1: no idea)."""
+        bracket = self._brackets[i]
+        return bracket.low, bracket.high, bracket.single, bracket.half if bracket.narrow else 1.0
+
     def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
         return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
 
