@@ -206,8 +206,9 @@ class TopK:
 
     def watch(self, at: At, count: int) -> _Watch | None:
         """See `surgery.ops.blocks.Watch`."""
-        wanted = [b for b in self._brackets if b.cut is None]
-        if self.sampled or kernels() is None or not all(b.narrow for b in wanted):
+        if self.sampled or kernels() is None or type(self).observe is not TopK.observe:  # which may look at something else
+            return None
+        if not all(b.narrow for b in self._brackets if b.cut is None):
             return None
         return _Watch(self._brackets)
 

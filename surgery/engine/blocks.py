@@ -133,9 +133,9 @@ class Blocks:
         return sound
 
     def watch(self, worker: Worker, watch: Watch, start: int, stop: int) -> bool:
-        """Show a piece of the expressions to `watch`. False if an operator cannot compute in blocks now."""
+        """Show a piece of the expressions to `watch`. False if it is empty, or an operator cannot compute in blocks now."""
         steps = self._steps(worker, start)
-        if steps is None:
+        if steps is None or start == stop:
             return False
         size = self._size(worker, stop - start)
         buffers, _ = worker.workspace().buffers(self._count, size)
