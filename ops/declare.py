@@ -160,6 +160,9 @@ class Op:
     # (count, shape, depth, **params): coefficients where the operator is a plain weighted sum for tensors of that shape
     copies: bool = False  # hands stored bytes on: codes of a quantised model stay what they are
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
+    blocks: Callable[..., Any] | None = None
+    """(count, at=, measured=, **params): a `surgery.ops.blocks.Step` that computes a piece of float32 numbers block by block,
+    bit for bit as `arrays`; or None if it cannot now."""
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)
     """(models, **params): the coefficients where a tensor has no statistics."""
