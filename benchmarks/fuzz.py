@@ -5,10 +5,11 @@
     python benchmarks/fuzz.py --totals .bench/fuzz.jsonl   # the table of docs/security.md
 
 Inputs that reached something new are kept under --corpus, and a later call goes on from them; --record adds a line for each
-target to a file, whose sum --totals prints. With atheris installed (`pip install atheris`) the search is guided by coverage of `surgery`; without, a seeded mutator does
-what it can. Property: a parser returns, or raises SurgeryError; while it works no file is opened outside of the target's own
-folder (those of the interpreter and the system apart), nothing is executed, and (with atheris) resident memory stays below
---rss. Anything else stops the target, leaves its input under --findings, and makes the exit status 1.
+target to a file, whose sum --totals prints. With atheris installed (`pip install atheris`) the search is guided by coverage of
+`surgery`; without, a seeded mutator does what it can. Property: a parser returns, or raises SurgeryError; while it works no
+file is opened outside of the target's own folder (those of the interpreter and the system apart), nothing is executed, and
+(with atheris) resident memory stays below --rss. Anything else stops the target, leaves its input under --findings, and makes
+the exit status 1.
 """
 
 from __future__ import annotations
@@ -220,7 +221,8 @@ def main() -> None:
         failed = failed or found["stopped"]
         coverage = f", coverage {found['coverage'][0]} -> {found['coverage'][1]}" if found["coverage"] else ""
         stopped = f", STOPPED: see {args.findings}" if found["stopped"] else ""
-        print(f"{name}: {engine}, {found['executions']:,} executions in {found['seconds']:.0f} s{coverage}{stopped}", flush=True)
+        count = f"{found['executions']:,} executions in {found['seconds']:.0f} s"
+        print(f"{name}: {engine}, {count}{coverage}{stopped}", flush=True)
         if args.record:
             with open(args.record, "a") as file:
                 file.write(json.dumps(found) + "\n")

@@ -1,6 +1,6 @@
 """What `fuzz.py` calls: one function per parser, which makes its files in `folder` and gives (what to call, seeds).
 
-Parsers of text get it from memory where they can, and from a file now and then; the whole way from a file is a target of its own.
+Parsers of text get it from memory where they can, and from a file now and then; the whole way is a target of its own.
 Nothing here imports torch but `pickled`.
 """
 
