@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from surgery.checkpoint.writer import Writer
 from surgery.engine.digest import combine, piece_digests
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
-from surgery.engine.jobs import ClaimPhase, WritePhase, measured
+from surgery.engine.jobs import ClaimPhase, Phase, Slice, WritePhase, measured
 from surgery.engine.journal import Journal
 from surgery.engine.pieces import pieces
 from surgery.engine.plan import Plan, Program
@@ -43,6 +44,15 @@ class Terms:
     progress: Progress = lambda n: None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run's results go: an output under construction."""
+
+    directory: Path
+    writer: Writer
+    journal: Journal
+
+
 class Crew(Protocol):
     """Carries out a plan. `begin` once, then `write` any number of times, then `check`; `close` in any case."""
 
@@ -50,14 +60,14 @@ class Crew(Protocol):
     def peak(self) -> int:
         """Most resident bytes of a process other than this one; 0 where there is none."""
 
-    def left(self, programs: Iterable[Program], writer: Writer, journal: Journal) -> list[Program]:
+    def left(self, programs: Iterable[Program], place: Place) -> list[Program]:
         """Those whose bytes are not what the journal says, or that it does not know; it forgets the former."""
 
-    def begin(self, writer: Writer) -> None:
+    def begin(self, place: Place) -> None:
         """Check what is declared equal, and collect what has to be known of the whole model."""
 
-    def write(self, programs: list[Program], writer: Writer, journal: Journal) -> None:
-        """Compute tensors, put them in their places in the writer's directory and into the journal."""
+    def write(self, programs: list[Program], place: Place) -> None:
+        """Compute tensors, put them where they belong, and into the journal."""
 
     def check(self) -> None:
         """Raises Failed if an input changed meanwhile."""
@@ -89,22 +99,30 @@ class Threads:
             progress=terms.progress,
         )
 
-    def left(self, programs: Iterable[Program], writer: Writer, journal: Journal) -> list[Program]:
-        kept = []
+    def left(self, programs: Iterable[Program], place: Place) -> list[Program]:
+        kept, journal = [], place.journal
         for program in programs:
-            if program.name in journal.done and written(program, writer) == journal.done[program.name]:
+            if program.name in journal.done and written(program, place.writer) == journal.done[program.name]:
                 self._terms.progress(program.nbytes)
                 continue
             journal.done.pop(program.name, None)
             kept.append(program)
         return kept
 
-    def begin(self, writer: Writer) -> None:
-        if self._plan.claims:
-            self.executor.run(Job(partial(ClaimPhase, claim)) for claim in self._plan.claims)
+    def begin(self, place: Place) -> None:
+        self.claims()
         for measures in self._plan.prepasses:
             self.measure(measures[:-1])
             self.measure(measures[-1:])
+
+    def claims(self) -> None:
+        """Make sure that tensors which are declared equal are."""
+        if self._plan.claims:
+            self.executor.run(Job(partial(ClaimPhase, claim)) for claim in self._plan.claims)
+
+    def carry_out(self, phase: Phase, tasks: Sequence[int]) -> None:
+        """Some tasks of a phase that is concluded elsewhere."""
+        self.executor.run([Job(partial(Slice, phase, tasks))])
 
     def measure(self, measures: Iterable[Measure]) -> None:
         """Collect statistics that do not need one another."""
@@ -112,8 +130,8 @@ class Threads:
             measure.statistic = None
         self.executor.run(Job(partial(measured, [m], self._wide, self._terms.lenient, None)) for m in measures)
 
-    def write(self, programs: list[Program], writer: Writer, journal: Journal) -> None:
-        self.compute(programs, writer.write, lambda program, digest: journal.add(program.name, digest))
+    def write(self, programs: list[Program], place: Place) -> None:
+        self.compute(programs, place.writer.write, lambda program, digest: place.journal.add(program.name, digest))
 
     def compute(
         self, programs: Iterable[Program], put: Callable[..., None], finished: Callable[[Program, str], None]

@@ -15,7 +15,7 @@ from surgery.checkpoint.sidecar import copy_sidecars, write_json
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.writer import Writer
 from surgery.engine.card import model_card
-from surgery.engine.crew import Crew, Hire, Progress, Terms, Threads
+from surgery.engine.crew import Crew, Hire, Place, Progress, Terms, Threads
 from surgery.engine.digest import SCHEME
 from surgery.engine.journal import Journal
 from surgery.engine.output import JOURNAL, Output, settle
@@ -125,10 +125,11 @@ def _stream(plan: Plan, target: Output, going_on: bool, crew: Crew, durable: boo
         stack.callback(writer.close)
         journal = Journal(target.directory / JOURNAL, plan.token, resume=going_on)
         stack.callback(journal.close)
-        left = crew.left(plan.programs, writer, journal)
+        place = Place(target.directory, writer, journal)
+        left = crew.left(plan.programs, place)
         if left:
-            crew.begin(writer)
-            crew.write(left, writer, journal)
+            crew.begin(place)
+            crew.write(left, place)
         crew.check()
         finish(plan, target.directory, dict(journal.done))
         writer.seal(durable=durable)
