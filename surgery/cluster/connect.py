@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import Refused
 
 STORE = 200 * 10**6  # bytes of shared memory for statistics, on a cluster of our own
+_PATIENCE = 5.0  # seconds for a head to answer
 MANY = 8  # threads of a task at most, unless told otherwise: beyond, a lost process takes much with it
 
 
@@ -36,16 +38,33 @@ def connect(address: str | None) -> tuple[Any, bool]:
 
     if ray.is_initialized():
         return ray, False
+    _reachable(address)
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as problem:  # of many kinds, some of them plain `Exception`
         said = str(problem).strip().splitlines()
-        raise Refused(
-            f"--engine ray: no cluster at {address or 'RAY_ADDRESS, nor on this machine'}: {said[0] if said else problem!r}",
-            hint="`ray start --head` here and `ray start --address HEAD:6379` elsewhere, or --address local",
-        ) from None
+        raise _none(address, said[0] if said else repr(problem)) from None
     return ray, True
+
+
+def _none(address: str | None, why: str) -> Refused:
+    return Refused(
+        f"--engine ray: no cluster at {address or 'RAY_ADDRESS, nor on this machine'}: {why}",
+        hint="`ray start --head` here and `ray start --address HEAD:6379` elsewhere, or --address local",
+    )
+
+
+def _reachable(address: str | None) -> None:
+    """Raises Refused if nobody listens at `host:port`: Ray itself would try for minutes."""
+    asked = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = asked.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as problem:
+        raise _none(asked, str(getattr(problem, "strerror", None) or problem)) from None
 
 
 def machines(ray: Any) -> list[Machine]:

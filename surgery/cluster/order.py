@@ -13,8 +13,9 @@ Key = tuple[int, int]  # (group, position): a statistic in `Plan.prepasses`
 class Order:
     """A run, as every task is told of it.
 
-    folder: where the command was given, which relative paths mean. recipe, overrides: what the plan is made of again. token, version: what it must come out as. files: path
-    -> (size, time) of every input, to say which of them differs. directory: OUT.partial; its lock file holds nonce.
+    folder: where the command was given, which relative paths mean. recipe, overrides: what the plan is made of again. token,
+    version: what it must come out as. files: path -> (size, time) of every input, to say which of them differs. directory:
+    OUT.partial; its lock file holds nonce.
     """
 
     folder: str
