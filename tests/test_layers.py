@@ -27,6 +27,7 @@ BELOW = {
     "tuning": {"lab", "adapter", "delta", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "lab": {"recipe", "statistics", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version", "live", "api"},
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "cluster": {"recipe", "remote", "engine", "graph", "checkpoint", "errors", "version"},
     "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 

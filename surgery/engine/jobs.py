@@ -5,7 +5,7 @@ A program is a job of several phases: one for each pass of each statistic it nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,9 +43,13 @@ class Phase:
 class MeasurePhase(Phase):
     """One pass of a statistic over its tensors, repeated for as long as it asks for another."""
 
-    def __init__(self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None]) -> None:
+    def __init__(
+        self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None], statistic: Any = None
+    ) -> None:
+        """statistic: one that has passes behind it; otherwise a fresh one."""
         self._measure, self._lenient, self._then = measure, lenient, then
-        self._statistic = measure.start()  # becomes the measure's when it is concluded: an aborted run leaves nothing behind
+        # becomes the measure's when it is concluded: an aborted run leaves nothing behind
+        self._statistic = measure.start() if statistic is None else statistic
         found = traits([a for part in measure.parts for a in part.args])
         self._wide, self._whole, self._shared = wide or found.wide, found.whole, found.shared
         self._work: list[tuple[Applied, int, int]] = []
@@ -102,6 +106,20 @@ class MeasurePhase(Phase):
             return None
         return at, watch.seen()
 
+    @property
+    def statistic(self) -> Any:
+        """The statistic as it stands before this pass."""
+        return self._statistic
+
+    def observations(self, task: int) -> list[tuple[At, Any] | None]:
+        """What a task saw, for `accept` of the same phase in another process."""
+        return [self._seen[i] for i in self._runs[task]]
+
+    def accept(self, task: int, observations: list[tuple[At, Any] | None]) -> None:
+        """Take over what a task saw elsewhere."""
+        for i, seen in zip(self._runs[task], observations, strict=True):
+            self._seen[i] = seen
+
     def conclude(self) -> Phase | None:
         if self._statistic.conclude(self._seen):
             self._measure.statistic = self._statistic
@@ -115,6 +133,19 @@ def _window(part: Applied) -> int:
     rows = [row_length(e.shape) for e in walk(part.args) if isinstance(e, Applied) and e.op.locality == "rows"]
     row = max(1, *rows) if rows else 1
     return max(row, WINDOW // row * row)
+
+class Slice(Phase):
+    """Some tasks of a phase, which goes on elsewhere."""
+
+    def __init__(self, phase: Phase, chosen: Sequence[int]) -> None:
+        self._phase, self._chosen = phase, chosen
+        self.tasks = len(chosen)
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        return self._phase.do(evaluator, self._chosen[task])
+
+    def conclude(self) -> None:
+        return None
 
 
 def measured(

@@ -69,7 +69,7 @@ class Task:
 
     def beside(self, path: str) -> Path:
         """Paths are relative to the file that names them."""
-        return self.folder / Path(path).expanduser()
+        return self.folder / Path(os.path.expanduser(path))
 
     def run(self, subject: Subject, split: str) -> Outcome:
         """What the model makes of every example. Raises Refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class StatisticsNode(SourceNode):
 
 def statistics_checkpoint(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
     """The kind of `surgery.inputs`: a directory with a statistics.json of ours."""
-    folder = Path(location).expanduser()
+    folder = Path(os.path.expanduser(location))
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         return None
