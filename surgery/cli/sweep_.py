@@ -65,12 +65,24 @@ def summary(made: Any) -> str:
     lines += columns(rows)
     if len(made.objective) > 1:
         lines.append(f"not beaten in every objective (Pareto front): trials {', '.join(str(t.number) for t in made.front)}")
+    if made.learned:
+        learned = made.learned
+        seen = f"{', '.join(learned['tasks'])} ({learned['split']} split, {learned['loss']})"
+        lines.append(f"learned from {seen}, {learned['steps']} steps")
+        if "stopped" in learned:
+            lines.append(f"warning: learning stopped: {learned['stopped']}")
     lines.append(f"{made.out}: best.yaml, results.csv, results.json")
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value on one line: of maps with many numbers how many there are, and from where to where they go."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict) and len(value) > 4:
+        numbers = list(value.values())
+        return f"{{{len(numbers)} numbers, {min(numbers):.3g} to {max(numbers):.3g}}}"
+    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else str(value)
 
 
 @contextmanager

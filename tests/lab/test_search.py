@@ -132,7 +132,7 @@ def test_a_front_holds_what_nothing_beats() -> None:
 
 
 def read_search_goals():
-    from surgery.lab.space import Goal
+    from surgery.lab.goals import Goal
 
     return [Goal("a", "accuracy", 1.0, 1.0), Goal("b", "nll", 1.0, -1.0)]
 
