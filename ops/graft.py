@@ -89,8 +89,8 @@ def graft(
     Shapes:
         Two tensors of one shape, and a mask of that shape -> the same shape. Where the mask has no tensor, out is the base's.
         A mask is what `surgery sweep` with `method: graft` learns, the authors' method; it is named last: of: [math, base,
-        math_mask]. share may be a map from name glob to value. Tensors with share 0 stay the base's, tensors with share 1 become the tuned model's; neither counts in n, and the
-        other one is not read.
+        math_mask]. share may be a map from name glob to value. Tensors with share 0 stay the base's, tensors with share 1
+        become the tuned model's; neither counts in n, and the other one is not read.
     Evidence:
         Panigrahi et al. 2023 recover over 95 % of what fine-tuning RoBERTa brought from 0.01 % of its parameters, with masks
         that are learned; calibration error falls by 40 to 90 %. Without a mask this is their base patch, before learning: at
