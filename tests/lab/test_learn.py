@@ -349,3 +349,30 @@ def test_recipes_whose_coefficients_cannot_be_learned(work: Path, resident: lab.
     (work / "mk.yaml").write_text("merge_method: linear\nmodels:\n  - {model: base, parameters: {weight: 0.5}}\n  - {model: rot90, parameters: {weight: 0.5}}\n")
     with pytest.raises(Refused, match="learned in native recipes"):
         lab.sweep(sweep_file(work, text.replace("merge.yaml", "mk.yaml")), work / "out2", resident=resident, settings=FAST)
+
+
+def test_overlap_of_masks(three: Path, resident: lab.Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """|a and b| / |a|, and what chance would give, from the command line; against masks counted by hand."""
+    import sys
+
+    from surgery.cli import main
+
+    for name in ("inv", "rot90"):
+        text = GRAFT.replace("tuned: inv", f"tuned: {name}").replace("inv: accuracy", f"{name}: accuracy").replace("steps: 22", "steps: 1")
+        lab.sweep(sweep_file(three, text.replace(", split: train", "")), three / name.upper(), resident=resident, settings=FAST)
+    masks = [{k: v.float() > 0.5 for k, v in load_file(three / n / "mask" / "model.safetensors").items()} for n in ("INV", "ROT90")]
+    sizes = [sum(int(m.sum()) for m in mask.values()) for mask in masks]
+    both = sum(int((masks[0][k] & masks[1][k]).sum()) for k in masks[0])
+    monkeypatch.chdir(three)
+    monkeypatch.setattr(sys, "argv", ["surgery", "overlap", "INV", "ROT90", "--json"])
+    main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["masks"] == ["INV", "ROT90"] and told["entries"] == sizes
+    np.testing.assert_allclose(told["overlap"], [[1, both / sizes[0]], [both / sizes[1], 1]])
+    total = sum(m.numel() for m in masks[0].values())
+    np.testing.assert_allclose(told["chance"], [s / total for s in sizes])
+    assert both / sizes[0] > 1.5 * sizes[1] / total  # tuned from one base, tasks share more than chance
+    monkeypatch.setattr(sys, "argv", ["surgery", "overlap", "INV", "base"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2 and "base: is no mask" in capsys.readouterr().err
