@@ -81,7 +81,7 @@ def downcycle(
 _DROP: dict[str, Any] = {
     "count": {"type": "integer", "minimum": 1, "description": "how many neighbouring blocks"},
     "start": {"type": "integer", "minimum": 0, "description": "the first block to drop"},
-    "distances": {"type": "string", "description": "from `surgery depth --json` or `statistics --kind angular`: the least useful go"},
+    "distances": {"type": "string", "description": "of `surgery depth --json` or `statistics --kind angular`: the least go"},
     "tower": {"type": "string", "description": "which blocks, where a model has several towers"},
 }
 

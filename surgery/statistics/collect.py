@@ -53,7 +53,8 @@ def collect(
 
     kind: one of `manifest.COLLECTED`. samples: texts at most. length: tokens a text is cut to. memory: bytes for
     Gram matrices at a time; more passes over the texts if that is less than all. only: globs of tensor names. batch: texts in
-    a gradient, for sensitivity. progress: (texts done, in all). Raises Refused. Writes the checkpoint and its statistics.json to the directory `out`, which appears when it is whole.
+    a gradient, for sensitivity. progress: (texts done, in all). Raises Refused. Writes the checkpoint and its statistics.json
+    to the directory `out`, which appears when it is whole.
     """
     if kind not in COLLECTED:
         raise Refused(f"kind must be one of {', '.join(COLLECTED)}, got {kind!r}")

@@ -24,7 +24,7 @@ class Tuned:
     model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
     trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
     history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the
-    validation figures of the result, averages included.
+    validation figures of the result, averages included. phases: the history of runs before the last, of methods that make any.
     """
 
     model: Any
@@ -34,6 +34,7 @@ class Tuned:
     history: list[dict[str, float]]
     final: dict[str, float]
     masks: dict[str, Any]
+    phases: dict[str, list[dict[str, float]]]
 
 
 def tune(
@@ -81,7 +82,8 @@ def tune(
         except Diverged as problem:
             raise Failed(f"tune: stopped: {problem}; the model holds the weights from before it",
                          hint="a lower lr, or warmup") from None  # fmt: skip
-    return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks)
+    return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks,
+                 made.phases)  # fmt: skip
 
 
 class Supervised(torch.nn.Module):
