@@ -153,7 +153,7 @@ class Resident:
                 with torch.no_grad():
                     built.places[name].data.copy_(made)
 
-        self._recomputer.fill(plan, names, put, finished)
+        self._recomputer.fill(plan, names, put, finished, target)
 
     def _build(self, plan: Plan, name: str) -> _Built:
         import torch
