@@ -20,7 +20,7 @@ from surgery.engine.plan import Program
 from surgery.graph.expr import Applied, Read, Weighted
 from surgery.lab.room import RoomReader
 
-_BLOCK = 1 << 17  # elements: output and scratch stay in cache; smaller ones are done sooner than threads can take turns
+_BLOCK = 1 << 18  # elements: output and scratch stay in cache; smaller ones are done sooner than threads can take turns
 _TASK = 1 << 20  # elements that a worker takes at a time
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import Mixout, Pull
+from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.tasks import quiet
 from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
@@ -50,6 +51,7 @@ class Given:
     new: Collection[str] = ()
     kind: str | None = None  # peft's word for the task
     around: Callable[[Any], Any] | None = None
+    stages: Sequence[int] = ()  # of a stream of tasks: how many of the training examples each has
 
     @property
     def run(self) -> Any:
@@ -103,13 +105,18 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
 
 def _tuner(given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, progress: Progress | None) -> Tuner:
     runs = settings.average_options["runs"] if settings.average == "stock" else 1
+    passes, train = settings.epochs * runs, given.train
+    if given.stages:
+        if settings.average == "stock" or settings.epochs != int(settings.epochs):
+            raise Refused("a stream of tasks needs whole epochs, and no stock, which merges after each of them")
+        passes, train = 1, Stream(train, given.stages, int(settings.epochs), settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     for broken in folder.glob("checkpoint-*"):
         if not (broken / WHOLE).exists():
             shutil.rmtree(broken)
     return Tuner(
-        given.run, parts, settings, passes=settings.epochs * runs, folder=folder, save=save, progress=progress,
-        train_dataset=given.train, eval_dataset=given.validation, data_collator=given.collate, compute_metrics=given.metrics,
+        given.run, parts, settings, passes=passes, folder=folder, save=save, progress=progress, train_dataset=train,
+        eval_dataset=given.validation, data_collator=given.collate, compute_metrics=given.metrics,
     )  # fmt: skip
 
 

@@ -95,11 +95,16 @@ REGULARISE: Schema = _map(
     }
 )
 
+_TRAIN: Schema = {
+    "anyOf": [{"type": "string"}, {"type": "array", "minItems": 2, "items": {"type": "string"}}],
+    "description": "A file; or several, which are a stream of tasks, trained on one after the other.",
+}
+
 TASKS: dict[str, Schema] = {
     "classification": _map(
         {
             "kind": {"const": "classification"},
-            "train": {"type": "string"},
+            "train": _TRAIN,
             "validation": {"type": "string"},
             "text": {"type": "string", "default": "text", "description": "Column of the text."},
             "pair": {"type": "string", "description": "Column of a second text."},
@@ -111,7 +116,7 @@ TASKS: dict[str, Schema] = {
     "causal": _map(
         {
             "kind": {"const": "causal"},
-            "train": {"type": "string"},
+            "train": _TRAIN,
             "validation": {"type": "string"},
             "completion_only": {"type": "boolean", "default": False, "description": "No loss on the prompt."},
             "length": _count("Tokens of an example."),

@@ -18,6 +18,7 @@ from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import Mixout, Pull, clip_each
+from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 
 STATE = "surgery.pt"
@@ -93,6 +94,12 @@ class Tuner(Trainer):
             if self.settings.regularise.get("clip_each"):
                 clip_each(self.trained, self.settings.regularise["clip_each"])
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """A stream of tasks is in order already."""
+        if isinstance(self.train_dataset, Stream):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Groups by weight decay (matrices only) and, with layer decay, by distance from the output."""
