@@ -71,8 +71,9 @@ def direct(
 ) -> Phase | None:  # fmt: skip
     """The phase that computes `program` in place, if it is a float32 sum of tensors that are in memory; else None."""
     expr = program.expr
-    linear = isinstance(expr, Weighted) or (isinstance(expr, Applied) and expr.op.linear)
-    if program.wide or program.dtype is not F32 or not linear:
+    if program.wide or program.dtype is not F32 or not isinstance(expr, Weighted | Applied):
+        return None
+    if isinstance(expr, Applied) and not expr.op.linear:
         return None
     coefs, args = _combination(expr)
     if not args or any(not isinstance(c, float) for c in coefs):

@@ -25,9 +25,9 @@ class Goal:
     scale: float = 1.0
 
     def of(self, values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> float:
-        """The objective of a trial's values, turned so that larger is better."""
-        made: float = self.sign * values[self.task][self.measure]["value"] / self.scale
-        return made
+        """The objective of a trial's values, turned so that larger is better; NaN where it is not finite."""
+        value = values[self.task][self.measure]["value"]
+        return float("nan") if value is None else float(self.sign * value / self.scale)
 
 
 def read_goals(said: Mapping[str, Any], tasks: Sequence[Task], beside: Any, refuse: Refuse) -> list[Goal]:

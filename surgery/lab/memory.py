@@ -47,4 +47,4 @@ def memory_of(search: Search, limit: int) -> Memory:
     if search.learn is not None:
         numbers = sum(prod(p.shape) for p in plan.programs if p.dtype.is_float)
         learning = 4 * numbers * (1 + len(plan.node.inputs))  # the module, base and deltas; gradients go as they come
-    return Memory(plan.layout.size, kept, limit, learning)
+    return Memory(sum(p.nbytes for p in plan.programs), kept, limit, learning)

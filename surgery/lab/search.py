@@ -108,6 +108,10 @@ def sweep(
         else:
             propose.sampled(search, trials, folder)
         return _concluded(search, recipe, trials, directory, evaluator, goals, learned)
+    except Refused:
+        if not directory.lines and not resume:
+            directory.abandon()
+        raise
     finally:
         directory.close()
 

@@ -109,6 +109,13 @@ class Directory:
         with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def abandon(self) -> None:
+        """Remove what a sweep that never had a trial has left, so that it can be started again once it is put right."""
+        for name in (IDENTITY, LOCK, JOURNAL, STUDY, "recipe.yaml", "members.yaml", "learning.pt"):
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def close(self) -> None:
         os.close(self._lock)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -133,6 +134,7 @@ def adapted(model: Any, options: Mapping[str, Any], kind: str | None) -> Any:
             raise Refused(f"method.lora: {known[name].__name__} has no `{key}`", hint=did_you_mean(key, takes))
     try:
         config: Any = known[name]
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls there
         return peft.get_peft_model(model, config(**({"task_type": kind} if kind else {}), **options))
     except (ValueError, TypeError, KeyError) as problem:
         raise Refused(f"method.lora: {(str(problem).splitlines() or [''])[0]}") from None

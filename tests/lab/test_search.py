@@ -512,3 +512,30 @@ objective: {rot90: accuracy}
 def test_sweeps_of_blocks_and_lines_that_are_wrong(work: Path, resident: lab.Resident, change: tuple[str, str], problem: str) -> None:
     with pytest.raises(Refused, match=problem):
         lab.sweep(sweep_file(work, LINES.replace(*change)), work / "out", resident=resident, settings=FAST)
+
+
+def test_a_sweep_that_is_refused_leaves_nothing(work: Path, resident: lab.Resident) -> None:
+    text = "method: greedy_soup\nmodels: [base, nowhere]\nobjective: {rot90: accuracy}"
+    with pytest.raises(Refused, match="nowhere"):
+        lab.sweep(sweep_file(work, "method: greedy_soup\nmodels: [nowhere, base]\nobjective: {rot90: accuracy}"), work / "out", resident=resident)
+    assert not (work / "out").exists()
+    made = Net()
+    made.load_state_dict({k: v.sign() * 3e38 if k == "embed.weight" else v for k, v in state(work / "base").items()})
+    write(made, work / "huge")
+    text = "method: greedy_soup\nmodels: [base, huge]\nobjective: {rot90: nll}"
+    done = lab.sweep(sweep_file(work, text), work / "out", resident=resident, settings=FAST)
+    assert done.chosen.params["steps.soup.weight"] == [1, 0] and done.failed >= 1
+
+
+def test_what_a_sweep_takes_is_known_before(work: Path) -> None:
+    from surgery.lab.memory import memory_of
+
+    size = sum(v.numel() * 4 for v in state(work / "base").values())
+    plain = memory_of(read_search(sweep_file(work, GRID)), 10**9)
+    assert (plain.model, plain.kept, plain.learning) == (size, 3 * size, 0)
+    assert memory_of(read_search(work / "s.yaml"), size).total == 2 * size
+    ada = "method: adamerging\nbase: base\nmodels: [rot90, inv]\nobjective: {rot90: accuracy}"
+    assert memory_of(read_search(sweep_file(work, ada)), 10**9).learning == 4 * size
+    graft = "method: graft\nbase: base\ntuned: inv\nobjective: {inv: accuracy}"
+    assert memory_of(read_search(sweep_file(work, graft)), 10**9).learning == size // 4 * 23
+    assert sorted(p.name for p in work.iterdir() if p.name.startswith("s")) == ["s.yaml"]
