@@ -104,7 +104,7 @@ class Takes:
     """
 
     names: tuple[str, ...]
-    space: str | tuple[str, ...]  # "weights", "delta", "same" (any, all alike), or one per name
+    space: str | tuple[str, ...]  # "weights", "delta", "mask", "same" (any, all alike), or one per name
     at_least: int
     at_most: float
     statistics: str = ""

@@ -26,11 +26,12 @@ COMMANDS = {
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
     "ops": "List operators, or explain one.",
+    "overlap": "Show how far learned masks of several tasks name the same entries.",
     "push": "Publish an output on the hub.",
     "report": "Show results as a page that opens offline, as pictures and as tables.",
     "schema": "Print the JSON Schema of recipes.",
     "verify": "Hash an output again and compare it with its manifest.",
-    "statistics": "Collect what merging by data needs: Gram matrices, Fisher information.",
+    "statistics": "Collect what merging by data needs: Gram matrices, Fisher information, sensitivity.",
     "sweep": "Search the numbers of a recipe that make the best model.",
     "tune": "Fine-tune a checkpoint: whole, masked, adapted or averaged; a checkpoint or a delta comes out.",
 }

@@ -13,9 +13,10 @@ from surgery.lab import measures
 from surgery.lab.outcome import Labelled, Outcome
 from surgery.lab.subject import Subject
 
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")  # sweeps that learn by gradients learn from train; nothing is reported of it
 _COMMON = {
-    "kind": str, "validation": (str, dict, list), "test": (str, dict, list), "measures": list, "limit": int, "batch": int,
+    "kind": str, "train": (str, dict, list),
+    "validation": (str, dict, list), "test": (str, dict, list), "measures": list, "limit": int, "batch": int,
 }  # fmt: skip
 
 
