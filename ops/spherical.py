@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.ops.declare import boolean, integer, linear, number, pointwise, takes
+from surgery.ops.declare import boolean, choice, integer, linear, number, pointwise, takes
 from surgery.ops.lazy import torch
 from surgery.ops.statistics import Array, RowGram, Sums, gram
 
@@ -46,20 +46,29 @@ def _arc(aa: Any, bb: Any, ab: Any, t: float) -> tuple[Array, Array]:
 
 
 def _nuslerp_statistic(
-    count: int, sizes: Sequence[int], *, weight: Sequence[float], flatten: bool, row_wise: bool
+    count: int, sizes: Sequence[int], *, weight: Sequence[float], flatten: bool, row_wise: bool, like: str | None
 ) -> Any:
     if _position(weight) in (0.0, 1.0):
         return None
     return _products() if flatten else RowGram(list)
 
 
-def _nuslerp_check(count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool) -> str | None:
-    if row_wise and not flatten:
-        return "one angle per column (flatten: false, row_wise: true) is the operator nuslerp_columns"
+def _shares_check(count: int, *, weight: Sequence[float], like: str | None, **_: Any) -> str | None:
+    if like is None and abs(sum(weight)) < 1e-12 * max(1.0, *(abs(w) for w in weight)):
+        return f"the weights {list(weight)} sum to zero: neither input has a share of that"
     return None
 
 
-_SHARE = "How much of each: the second one's share of the sum says how far along the arc; opposite weights count as equal."
+def _nuslerp_check(
+    count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool, like: str | None
+) -> str | None:
+    if row_wise and not flatten:
+        return "one angle per column (flatten: false, row_wise: true) is the operator nuslerp_columns"
+    return _shares_check(count, weight=weight, like=like)
+
+
+_SHARE = "How much of each: the second one's share of the sum says how far along the arc."
+_LIKE = choice("like", None, ("mergekit",), "mergekit: weights that sum to zero count as equal; otherwise they are refused.")
 
 
 @linear(
@@ -70,20 +79,27 @@ _SHARE = "How much of each: the second one's share of the sum says how far along
         number("weight", 1.0, _SHARE, per_input=True),
         boolean("flatten", True, "One angle for the whole tensor; false: one for each row."),
         boolean("row_wise", False, "Only read where flatten is false; then see nuslerp_columns."),
+        _LIKE,
     ],
     statistic=_nuslerp_statistic,
     check=_nuslerp_check,
 )
 def nuslerp(
-    count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool, measured: Array | None = None
+    count: int,
+    *,
+    weight: Sequence[float],
+    flatten: bool,
+    row_wise: bool,
+    like: str | None = None,
+    measured: Array | None = None,
 ) -> list[Any]:
     """Interpolate along the arc between two models or two deltas, by weights (NuSLERP).
 
     Maths:
-        t = w_2 / (w_1 + w_2),   1/2 where |w_1 + w_2| < 1e-6;   cos(theta) = <a, b> / (|a| |b|)
+        t = w_2 / (w_1 + w_2);   cos(theta) = <a, b> / (|a| |b|)
         out = sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b
         A zero vector counts as orthogonal to everything. Vectors that are parallel (1 - cos < 1e-12) or opposite
-        (1 + cos < 1e-6) are joined by the straight line.
+        (1 + cos < 1e-6) are joined by the straight line. like: mergekit takes t = 1/2 where |w_1 + w_2| < 1e-6.
     Shapes:
         Two tensors of one shape -> the same shape. flatten: false has an angle for each row: the last axis, one output filter
         of a convolution, a vector as a whole.
@@ -110,9 +126,10 @@ def nuslerp(
     takes=takes("first", "second", space="same"),
     gives="first",
     locality="matrix",
-    params=[number("weight", 1.0, _SHARE, per_input=True)],
+    params=[number("weight", 1.0, _SHARE, per_input=True), _LIKE],
+    check=_shares_check,
 )
-def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float]) -> Tensor:
+def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float], like: str | None = None) -> Tensor:
     """Interpolate along arcs as nuslerp does, with an angle for each column of a matrix.
 
     Maths:

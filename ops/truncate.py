@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     gives="delta",
     locality="matrix",
     params=[
-        number("rank", "full", "Singular directions kept at most.", low=0, words=("full",)),
+        number("rank", "full", "Singular directions kept at most.", low=0, words=("full",), rank=True),
         number("energy", 1.0, "Enough directions for this share of the squared norm.", low=0.0, high=1.0),
         number("error", 0.0, "Enough directions for a relative error of at most this.", low=0.0, high=1.0),
         LARGEST,

@@ -260,8 +260,9 @@ def inspect(adapter: str, base: str | None, as_json: bool) -> None:
 
 def _opened(locations: Sequence[str]) -> list[AdapterNode]:
     """Adapters, each with a name of its own."""
+    from surgery.adapter.find import find_adapter
     from surgery.adapter.node import AdapterNode
-    from surgery.adapter.source import find_adapter, open_adapter
+    from surgery.adapter.source import open_adapter
 
     made: list[AdapterNode] = []
     for location in locations:

@@ -14,10 +14,12 @@ from surgery.checkpoint.ties import declared_ties, tie_flag
 from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocabulary_rows, vocabulary_sizes
 from surgery.engine.plan import Plan, Program
 from surgery.errors import Refused, did_you_mean
-from surgery.graph.expr import Derived, Read, walk
+from surgery.graph.expr import Derived, Read, Weighted, walk
 from surgery.graph.node import Node, SourceNode, sources_of
 from surgery.graph.scaled import Dequantised
+from surgery.ops.declare import FLOAT32_MAX
 
+_LARGEST = {"F16": 65504.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}  # of types with a smaller range than float32
 _SCALES = ("_scale_inv", "_scale", ".scale", "_scales", ".scales")
 
 
@@ -25,6 +27,7 @@ def check(plan: Plan) -> None:
     """Refuse what cannot work, fill in `plan.warnings` and `plan.config`."""
     _tokenizer(plan)
     _quantised(plan)
+    _overflowing(plan)
     _vocabularies(plan)
     plan.warnings += plan.settings.vocabulary.warnings if plan.settings.vocabulary is not None else []
     plan.config = _config(plan)
@@ -74,6 +77,23 @@ def _quantised(plan: Plan) -> None:
                 raise Refused(
                     f"{source.label}: is quantised ({method}); `{name}` holds packed codes, not weights",
                     hint="use the unquantised checkpoint",
+                )
+
+
+def _overflowing(plan: Plan) -> None:
+    """A factor beyond the largest number of the output's type makes infinities of all that it multiplies."""
+    for program in plan.programs:
+        if not isinstance(program.expr, Weighted):
+            continue
+        largest = _LARGEST.get(program.dtype.name, FLOAT32_MAX)
+        for coef, arg in zip(program.expr.coefs, program.expr.args, strict=True):
+            if abs(coef) > largest:
+                of = f"{arg.source.label} " if isinstance(arg, Read) else ""
+                place = plan.node.where.get("", "")
+                raise Refused(
+                    f"{place}{': ' if place else ''}`{program.name}`: {of}multiplied by {coef:.3g} overflows {program.dtype.torch} "
+                    f"(largest {largest:.3g})",
+                    hint="use smaller weights, or a wider output dtype",
                 )
 
 
