@@ -30,7 +30,8 @@ class Param:
 
     kind: "number", "integer", "boolean", "choice" or "rules". Numbers may vary over the model (a list is a gradient over depth,
     a map goes from name glob to value) unless `fixed`. per_input: one value for every input from position `first_input` on,
-    or a list of them. rank: a number of singular directions, of which a matrix has min(m, n). words: strings accepted beside numbers, such as "auto".
+    or a list of them. rank: a number of singular directions, of which a matrix has min(m, n). words: strings accepted beside
+    numbers, such as "auto".
     """
 
     name: str

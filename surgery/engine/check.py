@@ -89,9 +89,9 @@ def _overflowing(plan: Plan) -> None:
         for coef, arg in zip(program.expr.coefs, program.expr.args, strict=True):
             if abs(coef) > largest:
                 of = f"{arg.source.label} " if isinstance(arg, Read) else ""
-                place = plan.node.where.get("", "")
+                place = f"{plan.node.where['']}: " if plan.node.where.get("") else ""
                 raise Refused(
-                    f"{place}{': ' if place else ''}`{program.name}`: {of}multiplied by {coef:.3g} overflows {program.dtype.torch} "
+                    f"{place}`{program.name}`: {of}multiplied by {coef:.3g} overflows {program.dtype.torch} "
                     f"(largest {largest:.3g})",
                     hint="use smaller weights, or a wider output dtype",
                 )

@@ -27,7 +27,8 @@ def check_ranks(node: Any, made: Mapping[str, Expr], resolve: Callable[[str], Ma
         if len(beyond) == len([v for v in asked.values() if isinstance(v, int | float)]):
             rank, shape = beyond[largest] if largest in beyond else max(beyond.values()), list(made[largest].shape)
             raise node.refuse(
-                f"`{param.name}: {rank:g}` is above every matrix: the largest rank is {limits[largest]}, of `{largest}` {shape}",
+                f"`{param.name}: {rank:g}` is above every matrix: the largest rank is {limits[largest]}, "
+                f"of `{largest}` {shape}",
                 hint=f"{param.name}: {limits[largest]} or less",
                 key=param.name,
             )
