@@ -14,6 +14,7 @@ from surgery.graph.expr import Agree, Applied, Expr, Measure, Padded, weighted
 from surgery.graph.informed import Informed
 from surgery.graph.limits import check_ranks
 from surgery.graph.node import Node, sources_of
+from surgery.graph.packed import packed_codes, packing
 from surgery.graph.scaled import dequantised
 from surgery.ops.declare import REQUIRED, Op
 
@@ -182,7 +183,7 @@ class OpNode(Node):
                 shared = self._measure(expr, shared)
             made[name] = expr
         if absent:
-            raise self._missing(absent)
+            raise self._packed() or self._missing(absent)
         if self.statistics and len(self.plain) == len(made):
             raise self._unknown(made)
         self._check_globs(made)
@@ -208,7 +209,7 @@ class OpNode(Node):
             self._same_shape(name, args, exact=True)
             kinds = {a.dtype.name for a in reads}
             if len(kinds) > 1:
-                raise self.refuse(f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with")
+                raise self._packed() or self.refuse(f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with")
             return reads[0] if len(reads) == 1 else Agree(reads, self)
         shape = self._same_shape(name, args, exact=not self.op.pads(**self.params))
         padded = [a if a is _ZERO or a.shape == shape else Padded(a, shape, self) for a in args]
@@ -260,7 +261,7 @@ class OpNode(Node):
             if len(other) == len(shape) > 0 and other[1:] == shape[1:]:
                 hint = "different vocabularies? align them: output: {tokenizer: union}, or the model whose tokenizer to take"
                 hint += "; `diff` takes pad: true" if self.op.name == "diff" else ""
-            raise self.refuse(message, hint=hint)
+            raise self._packed() or self.refuse(message, hint=hint)
         return shape
 
     def _dtype(self, present: list[Expr]) -> DType:
@@ -347,6 +348,14 @@ class OpNode(Node):
 
     def _name(self, i: int) -> str:
         return self.inputs[i].label or f"input {i + 1}"
+
+    def _packed(self) -> Exception | None:
+        """The likely reason why models do not fit: one of them is quantised."""
+        for source in (s.source for s in sources_of(self)):
+            how = packing(source)
+            if how is not None:
+                return packed_codes(source, how, next(iter(source.tensors)))
+        return None
 
     def _missing(self, absent: list[tuple[str, list[int]]]) -> Exception:
         name, lacking = absent[0]

@@ -85,13 +85,34 @@ def test_copies_and_cuts_keep_codes_and_scales(tmp_path):
     assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_other_quantisation_is_refused_with_the_mend(tmp_path):
-    path = tmp_path / "a"
-    path.mkdir()
-    save_file({"x.qweight": torch.ones(4, 4, dtype=torch.int32), "x.scales": torch.ones(1, 4).half()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(surgery.Refused, match="gptq"):
-        ops.average(surgery.open(path), surgery.open(path)).plan()
+PACKED = {  # quant_method -> tensors beside a norm, words of the mend
+    "gptq": ({"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}, "quantised from"),
+    "awq": ({"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}, "quantised from"),
+    "bitsandbytes": ({"weight": torch.uint8, "weight.absmax": torch.float32}, "dequantize()"),
+    "mxfp4": ({"down_proj_blocks": torch.uint8, "down_proj_scales": torch.uint8}, "Mxfp4Config(dequantize=True)"),
+}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("method", list(PACKED))
+def test_packed_codes_are_refused_with_the_mend(tmp_path, method, stated):
+    """Whatever computes with any of their tensors, the float scales included; a config that says nothing does not help."""
+    tensors, mend = PACKED[method]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        made = {f"x.q.{n}": torch.ones(4, 4).to(kind) for n, kind in tensors.items()} | {"norm.weight": torch.ones(4)}
+        save_file(made, tmp_path / name / "model.safetensors")
+        config = {"quantization_config": {"quant_method": method, "bits": 4}} if stated else {}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    save_file({"x.q.weight": torch.ones(4, 4), "norm.weight": torch.ones(4)}, tmp_path / "plain.safetensors")
+    a, b, plain = (surgery.open(tmp_path / n) for n in ("a", "b", "plain.safetensors"))
+    for make in (lambda: ops.average(a, b).plan(), lambda: (a * 0.5).plan(), lambda: (a - plain).plan(),
+                 lambda: a.plan(dtype="bfloat16")):  # fmt: skip
+        with pytest.raises(surgery.Refused, match=f"is quantised .*{method if stated else ''}.*packed codes") as found:
+            make()
+        assert mend in found.value.hint
+    a.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
 
 
 def test_gguf_is_recognised(tmp_path):
