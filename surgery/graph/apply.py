@@ -209,7 +209,8 @@ class OpNode(Node):
             self._same_shape(name, args, exact=True)
             kinds = {a.dtype.name for a in reads}
             if len(kinds) > 1:
-                raise self._packed() or self.refuse(f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with")
+                found = f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with"
+                raise self._packed() or self.refuse(found)
             return reads[0] if len(reads) == 1 else Agree(reads, self)
         shape = self._same_shape(name, args, exact=not self.op.pads(**self.params))
         padded = [a if a is _ZERO or a.shape == shape else Padded(a, shape, self) for a in args]
