@@ -78,7 +78,7 @@ def extract(
       surgery lora extract tuned/ --base base/ -o adapter/ --rank 32
       surgery lora extract tuned/ --base base/ -o adapter/ --energy 0.95 --others skip
     """
-    from surgery.adapter.extract import extraction, settle, targets, task_of
+    from surgery.adapter.extract import check_rank, extraction, settle, targets, task_of
     from surgery.adapter.values import Values
     from surgery.adapter.write import Header, write_adapter
     from surgery.checkpoint.dtypes import F32, float_dtype
@@ -89,6 +89,7 @@ def extract(
     began = time.perf_counter()
     tuned, root = open_node(model), open_node(base)
     found = extraction(tuned, root, only=only, save=save, skip=skip)
+    check_rank(options["rank"], found.items)
     stored = [a.dtype for i in found.items for a in i.delta.args]
     dtype = float_dtype(options["dtype"]) if options["dtype"] else max(stored, key=lambda d: d.size, default=F32)
     values = Values(found.exprs)
