@@ -21,7 +21,7 @@ from typing import Any
 
 REQUIRED = object()
 FLOAT32_MAX = 3.4028234663852886e38  # arithmetic is in float32: a larger number overflows whatever it multiplies
-SECTIONS = ("Maths", "Shapes", "Evidence", "Known problems", "Example", "References")
+SECTIONS = ("Maths", "Shapes", "Evidence", "Known problems", "Cost", "Presets", "Example", "References")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ class Op:
     copies: bool = False  # hands stored bytes on: codes of a quantised model stay what they are
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
+    remark: Callable[..., str | None] = field(default=lambda count, shape, **_: None)
+    """(count, shape, **params): what the plan says of tensors of that shape, where the operator does less than its name."""
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)
     """(models, **params): the coefficients where a tensor has no statistics."""
 

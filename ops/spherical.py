@@ -104,11 +104,16 @@ def nuslerp(
         Two tensors of one shape -> the same shape. flatten: false has an angle for each row: the last axis, one output filter
         of a convolution, a vector as a whole.
     Evidence:
-        Used by practitioners in the place of slerp; no published comparison. On deltas it keeps their norm, which averages of
-        nearly orthogonal task vectors lose.
+        For: used by practitioners in the place of slerp; on deltas it keeps their norm, which averages of nearly orthogonal
+        task vectors lose. Against: no published comparison.
     Known problems:
         The arc between opposite vectors is not defined. mergekit counts norms below 1e-7 as 1e-7, which bends the angle of tiny
         deltas, and takes rows of a convolution along its last axis alone.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
+    Presets:
+        Language models: equal weights; on deltas 1/2 each keeps their norm, so add the result with weight 0.5 to 1.
     Example:
         merged: {op: nuslerp, of: [a, b], weight: [0.7, 0.3]}
     References:
@@ -138,8 +143,13 @@ def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float], like:
         Two tensors of one shape -> the same shape. Columns of a matrix (out, in) belong to one input feature; a vector is one
         column. The tensor is held in memory as a whole.
     Evidence:
-        None published. It is what mergekit computes under `nuslerp_flatten: false, nuslerp_row_wise: true`.
+        For: it is what mergekit computes under `nuslerp_flatten: false, nuslerp_row_wise: true`. Against: nothing is
+        published.
     Known problems:
+        As nuslerp.
+    Cost:
+        Each tensor is held as a whole: about four float64 copies of it for each thread.
+    Presets:
         As nuslerp.
     Example:
         merged: {op: nuslerp_columns, of: [a, b], weight: [0.7, 0.3]}
@@ -197,11 +207,16 @@ def multislerp(
     Shapes:
         N tensors of one shape -> the same shape; each is taken as one vector.
     Evidence:
-        None published. Deltas keep their norm, which averages of nearly orthogonal task vectors lose.
+        For: deltas keep their norm, which averages of nearly orthogonal task vectors lose. Against: nothing is published.
     Known problems:
         The method is described as a barycentre in the tangent space at m, mapped back to the sphere. At that point the weighted
         sum of tangent vectors is zero whatever the inputs: what is left is the normalised mean written above, and `karcher` is
         the mean on the sphere. mergekit aborts where |m| < eps with more than two inputs.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
+    Presets:
+        Language models: equal weights; deltas added with weight 0.5 to 1, for they keep their norm.
     Example:
         merged: {op: multislerp, of: [a, b, c], weight: [0.5, 0.3, 0.2]}
     References:
@@ -245,11 +260,17 @@ def karcher(
     Shapes:
         N tensors of one shape -> the same shape; each is taken as one vector.
     Evidence:
-        The generalisation of slerp to several models: with two of equal weight it is slerp at 1/2 for unit vectors. Between
-        fine-tunes of one base, whose angles are small, it equals the average to rounding.
+        For: the generalisation of slerp to several models: with two of equal weight it is slerp at 1/2 for unit vectors.
+        Against: between fine-tunes of one base, whose angles are small, it equals the average to rounding; nothing is
+        published on its use for merging.
     Known problems:
         Opposite vectors have no mean: where no direction prevails the search starts at the first input, and inputs opposite to
         the mean do not pull. mergekit leaves out vectors with a norm below tol; here only zero vectors are.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread. The iteration works on the T x T inner products and reads nothing.
+    Presets:
+        Language models: equal weights.
     Example:
         merged: {op: karcher, of: [a, b, c]}
     References:

@@ -44,8 +44,12 @@ def truncate_rank(
         For: deltas of LoRA and of short fine-tunes lose little at a few per cent of the rank; cutting removes rounding noise
         of merged adapters. Against: full fine-tunes of language models need hundreds of directions for 90 % of the energy.
     Known problems:
-        energy 0.9 is error 0.316: energies flatter. The result is written in full size. Cost: an eigendecomposition of size
-        r = min(m, n) and about 2 m n r multiplications.
+        energy 0.9 is error 0.316: energies flatter. The result is written in full size.
+    Cost:
+        An eigendecomposition of size r = min(m, n) and about 2 m n r multiplications.
+    Presets:
+        Language models: merged adapters at their own rank; full fine-tunes at error 0.1 to 0.3, and look at the ranks that
+        takes.
     Example:
         small: {op: truncate_rank, of: math_task, rank: 64, energy: 0.99}
     References:

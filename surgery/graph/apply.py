@@ -12,7 +12,7 @@ from surgery.errors import did_you_mean
 from surgery.graph import values
 from surgery.graph.expr import Agree, Applied, Expr, Measure, Padded, weighted
 from surgery.graph.informed import Informed
-from surgery.graph.limits import check_ranks
+from surgery.graph.limits import check_ranks, remarks
 from surgery.graph.node import Node, sources_of
 from surgery.graph.packed import packed_codes, packing
 from surgery.graph.scaled import dequantised
@@ -188,6 +188,7 @@ class OpNode(Node):
             raise self._unknown(made)
         self._check_globs(made)
         check_ranks(self, made, self._resolve)
+        remarks(self, made)
         return made
 
     def _arguments(self, name: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from surgery.graph.expr import Expr
+from surgery.graph.expr import Applied, Expr
 from surgery.graph.node import Node
 
 
@@ -38,3 +38,16 @@ def check_ranks(node: Any, made: Mapping[str, Expr], resolve: Callable[[str], Ma
             *node.notes,
             f"{param.name} {beyond[name]:g} is above {count}, which are kept whole: `{name}` is {list(made[name].shape)}",
         ]
+
+
+def remarks(node: Any, made: Mapping[str, Expr]) -> None:
+    """Note what the operator says of single tensors, once for all of which it says the same."""
+    found: dict[str, list[str]] = {}
+    for name, expr in made.items():
+        if isinstance(expr, Applied) and expr.origin is node:
+            said = node.op.remark(len(expr.args), expr.shape, **expr.params)
+            if said:
+                found.setdefault(said, []).append(name)
+    more = [f"{node.op.name}: {len(names)} tensors (`{names[0]}`, …): {said}" for said, names in found.items()]
+    if more:
+        node.notes = [*node.notes, *more]

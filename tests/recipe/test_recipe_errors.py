@@ -238,3 +238,13 @@ def test_a_rank_above_some_matrices_is_noted(tmp_path: Path) -> None:
     assert any("rank 5 is above" in w and "kept whole" in w for w in plan(tmp_path / "r.yaml").warnings)
     (tmp_path / "r.yaml").write_text(text.replace("RANK", "2"))
     assert not any("is above" in w for w in plan(tmp_path / "r.yaml").warnings)
+
+
+def test_what_an_operator_cannot_do_for_small_matrices_is_noted(tmp_path: Path) -> None:
+    trio(tmp_path)  # hidden size 8
+    text = "models: {base: base, a: a, b: b}\nsteps:\n  d: {op: diff, of: [a, base]}\n  e: {op: diff, of: [b, base]}\n"
+    text += "  t: {op: iso_cts, of: [d, e], common: COMMON}\n  out: {op: add, of: [base, t]}\noutput: {from: out}\n"
+    (tmp_path / "r.yaml").write_text(text.replace("COMMON", "0.9"))
+    assert any("the result is that of iso_c" in w for w in plan(tmp_path / "r.yaml").warnings)
+    (tmp_path / "r.yaml").write_text(text.replace("COMMON", "0.5"))
+    assert not any("iso_c" in w for w in plan(tmp_path / "r.yaml").warnings)
