@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers are our own; must be set before numpy is imported
 
@@ -82,7 +83,9 @@ def main() -> None:
         problem.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; an unfinished run goes on with --resume", file=sys.stderr)
+        print("interrupted; an unfinished run goes on with --resume", file=sys.stderr, flush=True)
+        if threading.active_count() > 1:  # interrupted twice: a worker is inside LAPACK, and ending beneath it would abort
+            os._exit(130)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
