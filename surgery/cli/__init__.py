@@ -24,6 +24,7 @@ COMMANDS = {
     "delta": "Ship a fine-tune as what changed from its base.",
     "depth": "Show which blocks of a model can be dropped.",
     "gates": "Make router weights for a mixture of experts from prompts.",
+    "mixing": "Learn how a mixture's experts are mixed into a dense model.",
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
     "ops": "List operators, or explain one.",

@@ -19,8 +19,6 @@ from surgery.graph.expr import Read, Weighted, walk
 from surgery.graph.node import Node, SourceNode, sources_of
 from surgery.ops.declare import FLOAT32_MAX
 
-_LARGEST = {"F16": 65504.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}  # of types with a smaller range than float32
-
 
 def check(plan: Plan) -> None:
     """Refuse what cannot work, fill in `plan.warnings` and `plan.config`."""
@@ -58,7 +56,7 @@ def _overflowing(plan: Plan) -> None:
     for program in plan.programs:
         if not isinstance(program.expr, Weighted):
             continue
-        largest = _LARGEST.get(program.dtype.name, FLOAT32_MAX)
+        largest = min(program.dtype.largest, FLOAT32_MAX)
         for coef, arg in zip(program.expr.coefs, program.expr.args, strict=True):
             if abs(coef) > largest:
                 of = f"{arg.source.label} " if isinstance(arg, Read) else ""
