@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgery.checkpoint.source import Source
 from surgery.engine.plan import Plan, Program
 from surgery.errors import Refused
 from surgery.graph.expr import Derived, Read, walk
@@ -14,6 +15,8 @@ _SCALES = ("_scale_inv", "_scale", ".scale", "_scales", ".scales")
 def check_quantised(plan: Plan) -> None:
     """Codes of a quantised checkpoint are no numbers to compute with. Raises Refused."""
     packed = {id(use.source): packing(use.source) for use in plan.uses}
+    if not any(packed.values()) and not any(_may_be_codes(use.source) for use in plan.uses):
+        return
     for program in plan.programs:
         if program.copies or _rebuilt(program):
             continue
@@ -25,6 +28,10 @@ def check_quantised(plan: Plan) -> None:
                 if how is not None:
                     raise packed_codes(e.source, how, e.stored.name)
                 _scaled(e)
+
+
+def _may_be_codes(source: Source) -> bool:
+    return any(t.dtype.is_scaled_code or not t.dtype.is_float for t in source.tensors.values())
 
 
 def _scaled(e: Read) -> None:
