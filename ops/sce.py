@@ -335,11 +335,17 @@ def sce(deltas: Sequence[Tensor], *, topk: float, like: str, at: At, measured: S
     Shapes:
         N tensors of one shape -> the same shape.
     Evidence:
-        Fusing chat models of different sizes and origins distilled into one architecture, better than task arithmetic and TIES
-        in that setting (Wan et al. 2024).
+        For: fusing chat models of different sizes and origins distilled into one architecture, better than task arithmetic
+        and TIES in that setting (Wan et al. 2024). Against: shown by its authors, in that setting; on large language models
+        in the wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
         With one delta nothing differs, so topk below 1 selects nothing. mergekit (like: mergekit) weights deltas equally where
         their mean squares sum to less than 1e-6, which is the case for most fine-tunes.
+    Cost:
+        One pass over the deltas for their sizes, and one or two for the exact threshold of the variances where topk is below
+        1, then the merge. Memory: a few pieces for each thread.
+    Presets:
+        Language models: topk 1, or 0.1 to 0.5 to take only what differs; the result added with weight 1.
     Example:
         task: {op: sce, of: [math_task, code_task], topk: 0.1}
     References:

@@ -21,7 +21,7 @@ BELOW = {
     "report": {"errors", "version"},
     "vocabulary": {"engine", "graph", "checkpoint", "ops", "errors"},
     "statistics": {"graph", "checkpoint", "errors", "version"},
-    "reshape": {"statistics", "graph", "checkpoint", "ops", "errors"},
+    "reshape": {"statistics", "live", "engine", "graph", "checkpoint", "ops", "errors"},
     "inputs": {"adapter", "delta", "statistics", "graph", "checkpoint", "errors"},
     "steps": {"adapter", "delta", "reshape", "graph", "errors"},
     "tuning": {"lab", "adapter", "delta", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version"},

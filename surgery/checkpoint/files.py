@@ -151,8 +151,9 @@ def from_directory(path: Path, revision: str | None) -> Located:
 def _gguf(path: Path) -> Refused:
     return Refused(
         f"{path}: a GGUF file: quantised for llama.cpp, with tensors renamed and permuted",
-        hint="use the model it was made from, or unpack it first: "
-        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}").save_pretrained("unpacked")',
+        hint="use the model it was made from, or unpack it first, with gguf installed and transformers 5: "
+        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}", '
+        'quantization_config=GgufConfig(dequantize=True)).save_pretrained("unpacked")',
     )
 
 

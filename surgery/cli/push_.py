@@ -37,7 +37,7 @@ def command(out: str, repo: str, private: bool, revision: str | None, message: s
 
 def _check(folder: Path) -> None:
     """Raises Refused unless the folder holds something whole."""
-    from surgery.adapter.source import weights_of
+    from surgery.adapter.find import weights_of
     from surgery.checkpoint.header import read_header
     from surgery.checkpoint.source import open_source
     from surgery.errors import Refused

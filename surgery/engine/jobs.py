@@ -134,6 +134,7 @@ def _window(part: Applied) -> int:
     row = max(1, *rows) if rows else 1
     return max(row, WINDOW // row * row)
 
+
 class Slice(Phase):
     """Some tasks of a phase, which goes on elsewhere."""
 

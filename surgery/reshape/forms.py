@@ -22,6 +22,7 @@ _UPCYCLE: dict[str, Any] = {
     "top": {"type": "integer", "minimum": 1, "description": "experts used per token (default 2)"},
     "gates": {"type": "string", "description": "random, zero, or a checkpoint of router weights (`surgery gates` makes one)"},
     "seed": {"type": "integer", "minimum": 0, "description": "of random routers"},
+    "shared": {"type": "boolean", "description": "with an expert that is always on (XFT), or without; default as the family"},
 }
 
 
@@ -35,6 +36,7 @@ def upcycle(
     top: int = 2,
     gates: str = "random",
     seed: int = 0,
+    shared: bool | None = None,
 ) -> Node:
     """A dense model as a mixture of experts (Mixtral, Qwen2-MoE or Qwen3-MoE layout, by the dense model's family).
 
@@ -52,12 +54,20 @@ def upcycle(
         raise asker.refuse("upcycle needs `experts`, or models to take them from", key="of")
     if gates not in ("random", "zero"):
         gates = str(near(gates, where))
-    return UpcycleNode(inputs, label, where, experts=count, top=top, gates=gates, seed=seed)
+    return UpcycleNode(inputs, label, where, experts=count, top=top, gates=gates, seed=seed, shared=shared)
 
 
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_SHARES = {"type": "array", "items": {"type": "number"}, "minItems": 1}
 _DOWNCYCLE: dict[str, Any] = {
-    "shared_weight": {"type": "number", "minimum": 0, "maximum": 1, "description": "share of the shared expert (XFT: 0.75)"},
-    "weights": {"type": "array", "items": {"type": "number"}, "description": "share of each routed expert; sums to 1"},
+    "shared_weight": {
+        "anyOf": [_SHARE, {"type": "object", "additionalProperties": _SHARE, "minProperties": 1}],
+        "description": "share of the shared expert (XFT: 0.75), or a map of name glob to it",
+    },
+    "weights": {
+        "anyOf": [_SHARES, {"type": "object", "additionalProperties": _SHARES, "minProperties": 1}, {"type": "string"}],
+        "description": "shares of the routed experts, summing to 1; a map of name glob to such; or what `surgery mixing` made",
+    },
 }
 
 
@@ -67,14 +77,17 @@ def downcycle(
     *,
     label: str | None,
     where: Mapping[str, str],
-    shared_weight: float = 0.75,
-    weights: Sequence[float] | None = None,
+    shared_weight: float | Mapping[str, float] = 0.75,
+    weights: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
 ) -> Node:
-    """A mixture of experts as a dense model again: experts mixed with given weights, or equally.
+    """A mixture of experts as a dense model again: experts mixed with given or learned weights, or equally.
 
     dense = shared_weight * shared + (1 - shared_weight) * sum_i weights_i expert_i. Source: XFT (arXiv 2404.15247), which
-    learns the weights and fixes shared_weight at 0.75. Mixing experts that were trained apart loses accuracy; evaluate it.
+    learns the weights of every block (`surgery mixing`) and fixes shared_weight at 0.75. Mixing experts that were trained
+    apart loses accuracy; evaluate it.
     """
+    if isinstance(weights, str):
+        weights = str(near(weights, where))
     return DowncycleNode(inputs[0], label, where, shared_weight=shared_weight, weights=weights)
 
 
