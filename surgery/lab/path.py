@@ -13,7 +13,6 @@ from surgery.graph.node import Node
 from surgery.graph.stitch import make
 from surgery.lab.bootstrap import Draws, Estimate, Settings
 from surgery.lab.evaluation import Evaluator, plan_of
-from surgery.lab.measures import find
 from surgery.lab.resident import Resident
 from surgery.ops import registry
 
@@ -59,7 +58,7 @@ def barrier(
     alphas = [i / (points - 1) for i in range(points)]
     only = {t.name: [measure] for t in evaluator.tasks}
     for task in evaluator.tasks:
-        find(measure, task.OUTCOME, task.what)
+        task.measure(measure)
     found: dict[str, list[Draws]] = {t.name: [] for t in evaluator.tasks}
     for alpha in alphas:
         plan = make_plan(make(registry["lerp"], ends, {"alpha": alpha}))
@@ -68,7 +67,7 @@ def barrier(
             found[name].append(result.draws[measure])
     made = {}
     for task in evaluator.tasks:
-        sign = -1.0 if find(measure, task.OUTCOME, task.what).better == "high" else 1.0
+        sign = -1.0 if task.measure(measure).better == "high" else 1.0
         made[task.name] = _barrier(task.name, measure, alphas, found[task.name], sign, settings)
     return made
 

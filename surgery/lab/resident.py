@@ -63,12 +63,24 @@ class Resident:
     ) -> None:
         self._recomputer = Recomputer(Room(default_room() if memory is None else memory), threads)
         self._dtype, self._device, self._builder, self.forward = dtype, _device(device), build, forward
+        self._threads = threads
         self._signature: Any = None
         self._built: _Built | None = None
         self._plan: Plan | None = None  # keeps alive what tokens of user functions speak of
         self._tokenizers: dict[Path, Any] = {}
         self._written: dict[str, Any] = {}  # directories of tokenizers that plans make
+        self._others: dict[str, Resident] = {}
         self.last = Recomputed(0, 0, True)
+
+    def beside(self, key: str) -> Resident:
+        """A second live model, kept under `key`, with the same settings and nothing kept besides its module."""
+        if key not in self._others:
+            self._others[key] = Resident(
+                memory=0, threads=self._threads, dtype=self._dtype, device=self._device, build=self._builder,
+                forward=self.forward,
+            )  # fmt: skip
+            self._others[key]._tokenizers = self._tokenizers
+        return self._others[key]
 
     def show(self, plan: Plan, name: str) -> Subject:
         """The module with the tensors of `plan`. It is the same module every time: what was shown before is gone.

@@ -25,7 +25,8 @@ def beside(
     """Evaluate several models on the same tasks, resampled alike.
 
     models: as `evaluate` takes them; a map names them. ensemble_of: names of models whose averaged logits are reported as one
-    more model, `ensemble`: the upper mark that a merge of their weights aims at. reference: as in `evaluate`.
+    more model, `ensemble`: the upper mark that a merge of their weights aims at. All other models, and the ensemble, are held
+    against these parts (false_false_true, true_true_false). reference: as in `evaluate`.
     """
     by_name = dict(models) if isinstance(models, Mapping) else named(models)
     evaluator = Evaluator(tasks, resident=resident, settings=settings)
@@ -34,22 +35,24 @@ def beside(
         raise Refused(f"`{lost[0]}` is not one of the models", hint=f"they are {', '.join(by_name)}")
     known = None
     if reference is not None:
-        known = evaluator.outcomes(reference, {t.name: split for t in evaluator.tasks})
+        known = evaluator.refer_to(reference, split)
     wanted = {t.name: measures_of(t, split, known is not None) for t in evaluator.tasks}
     splits = {
         t.name: f"validation+{split}" if any(m.needs == "validation" for m in wanted[t.name]) else split
         for t in evaluator.tasks
     }
-    reports, kept = [], {}
-    for name, model in by_name.items():
-        kept[name] = evaluator.outcomes(model, splits, name)
-        reports.append(evaluator.judged(name, kept[name], wanted, split, known))
+    kept = {name: evaluator.outcomes(model, splits, name) for name, model in by_name.items()}
+    parts = [kept[n] for n in ensemble_of]
+    reports = [
+        evaluator.judged(name, found, wanted, split, known, () if name in ensemble_of else parts)
+        for name, found in kept.items()
+    ]
     if ensemble_of:
         joint = _ensemble([kept[n] for n in ensemble_of])
         with_labels = {t: m for t, m in wanted.items() if (t, split) in joint}
         if not with_labels:
             raise Refused("none of the tasks has labels: there are no logits to average", hint="leave out --ensemble")
-        reports.append(evaluator.judged("ensemble", joint, with_labels, split, known))
+        reports.append(evaluator.judged("ensemble", joint, with_labels, split, known, parts))
     return reports
 
 
