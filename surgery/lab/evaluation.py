@@ -161,10 +161,12 @@ def is_recipe(location: str | os.PathLike[str]) -> bool:
 
 def name_of(model: Any) -> str:
     """What reports call a model."""
+    from surgery.lab.fused import Fused
+
     if isinstance(model, str | os.PathLike):
         path = Path(model)
         return path.stem if is_recipe(path) else path.name or str(path)
-    if isinstance(model, Subject):
+    if isinstance(model, Subject | Fused):
         return model.name
     node = getattr(model, "node", None)
     return str(getattr(node, "label", None) or getattr(node, "verb", None) or type(model).__name__)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from surgery.errors import Refused, did_you_mean
 from surgery.lab import corrupt, measures
 from surgery.lab.measures import Measure
-from surgery.lab.outcome import Labelled, Language, Outcome
+from surgery.lab.outcome import Labelled, Language, Outcome, Scored
 from surgery.lab.subject import Subject
 
 SPLITS = ("validation", "test")
@@ -187,7 +187,7 @@ def make_task(
             raise refuse(f"{kind} has no key `{key}`", key, did_you_mean(key, known))
         if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is int):
             raise refuse(f"`{key}` cannot be {value!r}", key)
-    if not any(split in said for split in SPLITS):
+    if not any(split in said for split in SPLITS) and made_by.OUTCOME is not Scored:
         raise refuse("needs data: `validation`, `test`, or both")
     complete = {k: v for k, v in (defaults or {}).items() if k in known} | dict(said)
     for key in ("limit", "batch", "length"):
@@ -215,11 +215,15 @@ def expanded(tasks: Sequence[Task]) -> list[Task]:
 def _kinds() -> dict[str, Any]:
     from surgery.lab.choice import Choice
     from surgery.lab.classify import Classification
+    from surgery.lab.harness import Harness
     from surgery.lab.images import Images
     from surgery.lab.perplexity import Perplexity
     from surgery.lab.tagging import Tokens
 
-    return {"classification": Classification, "tokens": Tokens, "perplexity": Perplexity, "choice": Choice, "images": Images}
+    return {
+        "classification": Classification, "tokens": Tokens, "perplexity": Perplexity, "choice": Choice, "images": Images,
+        "lm-eval": Harness,
+    }  # fmt: skip
 
 
 def as_tasks(given: Any) -> list[Task]:
