@@ -25,6 +25,7 @@ COMMANDS = {
     "gates": "Make router weights for a mixture of experts from prompts.",
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
+    "probe": "Look inside: path between models, layers, contribution of a fine-tune, overlap of skills.",
     "ops": "List operators, or explain one.",
     "push": "Publish an output on the hub.",
     "report": "Show results as a page that opens offline, as pictures and as tables.",

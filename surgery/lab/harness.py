@@ -223,6 +223,18 @@ def _spoken_name(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """One task for each name or file of the harness, called by it. Raises Refused."""
+    from surgery.lab.tasks import make_task
+
+    made = []
+    for name in names:
+        path = Path(name)
+        called = path.stem if path.suffix.lower() in (".yaml", ".yml") else name
+        made.append(make_task(called, {"kind": "lm-eval", "task": name}))
+    return made
+
+
 def need_harness() -> None:
     """Refuse now what would fail later."""
     try:

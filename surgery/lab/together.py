@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery.api import Checkpoint
 from surgery.errors import Refused
+from surgery.graph.node import Node, SourceNode
 from surgery.lab.bootstrap import Settings
-from surgery.lab.evaluation import Evaluator, Report, measures_of, name_of
+from surgery.lab.evaluation import Evaluator, Report, measures_of, name_of, plan_of
 from surgery.lab.outcome import Labelled, Outcome, ensemble
 from surgery.lab.resident import Resident
 
@@ -54,6 +56,29 @@ def beside(
             raise Refused("none of the tasks has labels: there are no logits to average", hint="leave out --ensemble")
         reports.append(evaluator.judged("ensemble", joint, with_labels, split, known, parts))
     return reports
+
+
+def ingredients(model: Any) -> dict[str, Any]:
+    """The models that a recipe merges, by name: its inputs, but not those that only serve as the base of differences."""
+    plan = plan_of(model)
+    if plan is None:
+        return {}
+    inputs: dict[int, SourceNode] = {}
+    bases: set[int] = set()
+    seen: set[int] = set()
+    queue: list[Node] = [plan.node]
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        queue += node.inputs
+        if isinstance(node, SourceNode):
+            inputs[id(node)] = node
+        if node.verb == "DIFF" and len(node.inputs) == 2:
+            bases.add(id(node.inputs[1]))
+    kept = [n for i, n in inputs.items() if i not in bases]
+    return {n.label or "?": Checkpoint(n) for n in reversed(kept)}
 
 
 def _ensemble(members: Sequence[Mapping[Any, Outcome]]) -> dict[Any, Outcome]:
