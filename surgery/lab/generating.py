@@ -32,9 +32,10 @@ class _Generating(PreTrainedModel, GenerationMixin):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Members are tied already."""
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **rest: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, attention_mask: Any = None, **rest: Any
+    ) -> dict[str, Any]:
         """The whole text so far, every step: nothing is cached."""
-        attention_mask = rest.get("attention_mask")
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids: Any, attention_mask: Any = None, **rest: Any) -> Any:
