@@ -82,7 +82,7 @@ def _function(said: str | None) -> Any:
     "baselines",
     multiple=True,
     metavar="MODEL",
-    help="One of the models, by the name shown; of two or more: effective robustness.",
+    help="One of the models; of two or more: effective robustness.",
 )
 @click.option("--stages", is_flag=True, help="The models are one model after each task: forgetting, backward transfer.")
 @click.option("--measure", default="accuracy", show_default=True, help="What --stages is about.")
@@ -163,7 +163,8 @@ def command(
         from surgery.lab.sequence import forgetting
 
         lost = forgetting(reports[: len(models)], measure, settings)
-    kept = robustness(reports, baselines=baselines, settings=settings)
+    called = dict(zip(models, named(models), strict=True))
+    kept = robustness(reports, baselines=[called.get(b, b) for b in baselines], settings=settings)
     if baselines and not kept:
         raise Refused(
             "--baseline is for robustness, and no task here has shifts", hint="corruptions: [noise, blur], or shift_of: TASK"

@@ -165,8 +165,8 @@ def contribution(
       surgery probe contribution base/ tuned/ --tasks tasks.yaml
     """
     from surgery.lab.bootstrap import Settings
-    from surgery.lab.contribution import contribution as measure
     from surgery.lab.render import columns, shown
+    from surgery.lab.tuco import contribution as measure
 
     found = measure(tuned, base, tasks, split=split, resident=make_resident(**held), settings=Settings(resamples, level))
     if as_json:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.lab.bootstrap import Estimate, Settings
-    from surgery.lab.contribution import Contribution, contribution
     from surgery.lab.evaluation import Report, evaluate
     from surgery.lab.fused import Fused, fuse
     from surgery.lab.judge import Result
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
     from surgery.lab.sequence import Forgetting, forgetting
     from surgery.lab.tasks import Task, make_task, read_tasks
     from surgery.lab.together import beside
+    from surgery.lab.tuco import Contribution, contribution
 
 _HOME = {
-    "Barrier": "path", "Contribution": "contribution", "contribution": "contribution", "Fused": "fused", "fuse": "fused",
+    "Barrier": "path", "Contribution": "tuco", "contribution": "tuco", "Fused": "fused", "fuse": "fused",
     "Estimate": "bootstrap", "Forgetting": "sequence", "Report": "evaluation", "Resident": "resident",
     "Result": "judge", "Settings": "bootstrap", "Task": "tasks", "barrier": "path", "beside": "together",
     "evaluate": "evaluation", "forgetting": "sequence", "make_task": "tasks", "read_tasks": "tasks", "sweep": "search",

@@ -72,13 +72,16 @@ class Harness(Task):
         chosen = {name: self._chosen(task, split) for name, task in tasks.items()}
         self._check_tokenizer(subject, tasks)
         model = _language_model(subject, self.said.get("batch", 16), self)
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate
 
+        for task in tasks.values():
+            shots = self.said.get("shots", task.get_config("num_fewshot"))
+            task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=0)
         with _quiet(), self._problems(f"{subject.name}: the harness stopped"):
-            found = simple_evaluate(
-                model=model, tasks=list(tasks.values()), num_fewshot=self.said.get("shots"), samples=chosen,
-                bootstrap_iters=0, apply_chat_template=self.said.get("chat", False), random_seed=0, numpy_random_seed=0,
-                torch_random_seed=0, fewshot_random_seed=0,
+            found = evaluate(
+                lm=model, task_dict={"tasks": tasks, "groups": {}, "group_map": {}}, samples=chosen, bootstrap_iters=0,
+                apply_chat_template=self.said.get("chat", False),
             )  # fmt: skip
         for task in tasks.values():
             task._instances = None  # requests hold their answers: the next model must not find them

@@ -47,7 +47,8 @@ table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-nu
 caption{text-align:left;font-weight:600;font-size:1rem;padding:.6rem .8rem}
 th,td{padding:.32rem .8rem;text-align:right;white-space:nowrap}
 th.text,td.text{text-align:left}
-tbody th{font-weight:400;position:sticky;left:0;background:var(--ground)}thead th{position:sticky;top:0;background:var(--band);border-bottom:1px solid var(--rule);
+tbody th{font-weight:400;position:sticky;left:0;background:var(--ground)}
+thead th{position:sticky;top:0;background:var(--band);border-bottom:1px solid var(--rule);
 color:var(--soft);font-weight:600}
 tbody tr+tr>*{border-top:1px solid var(--band)}tbody tr:hover>*{background:var(--band)}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
