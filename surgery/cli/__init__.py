@@ -27,6 +27,7 @@ COMMANDS = {
     "mixing": "Learn how a mixture's experts are mixed into a dense model.",
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
+    "probe": "Look inside: path between models, layers, contribution of a fine-tune, overlap of skills.",
     "ops": "List operators, or explain one.",
     "overlap": "Show how far learned masks of several tasks name the same entries.",
     "push": "Publish an output on the hub.",

@@ -69,6 +69,7 @@ class Resident:
         self._plan: Plan | None = None  # keeps alive what tokens of user functions speak of
         self._tokenizers: dict[Path, Any] = {}
         self._written: dict[str, Any] = {}  # directories of tokenizers that plans make
+        self._others: dict[str, Resident] = {}
         self.last = Recomputed(0, 0, True)
 
     def like(self, *, dtype: str) -> Resident:
@@ -80,6 +81,16 @@ class Resident:
     def places(self) -> Mapping[str, Any]:
         """Name in the checkpoint -> the parameter or buffer of the shown module that holds it, where one does."""
         return {} if self._built is None else self._built.places
+
+    def beside(self, key: str) -> Resident:
+        """A second live model, kept under `key`, with the same settings and nothing kept besides its module."""
+        if key not in self._others:
+            self._others[key] = Resident(
+                memory=0, threads=self._threads, dtype=self._dtype, device=self.device, build=self._builder,
+                forward=self.forward,
+            )  # fmt: skip
+            self._others[key]._tokenizers = self._tokenizers
+        return self._others[key]
 
     def show(self, plan: Plan, name: str) -> Subject:
         """The module with the tensors of `plan`. It is the same module every time: what was shown before is gone.
