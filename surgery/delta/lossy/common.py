@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zstandard
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from surgery.delta.codecs.base import Coded, check_options
 from surgery.errors import Refused
+
+if TYPE_CHECKING:
+    from surgery.delta.lossy.inputs import Inputs
 
 Array = NDArray[Any]
 Parts = tuple[dict[str, bytes], dict[str, Any]]
@@ -81,16 +84,24 @@ class Codec:
     name = ""
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     matrix = False  # refuses vectors
+    calibrated = False  # `pack` takes `inputs`
 
-    def encode(self, delta: Array, *, key: str, **options: Any) -> Coded:
+    def encode(self, delta: Array, *, key: str, inputs: Inputs | None = None, **options: Any) -> Coded:
+        """inputs: what is known of the layer's inputs; without it, and for codecs that have no use for it, data-free."""
         x = self._checked(delta, key)
         chosen = check_options(self, options)
         if x.size == 0:
             return Coded({}, {"bits": 0.0, "error": {**Meter().facts(), "bound": 0.0}})
         if self.matrix and x.ndim < 2:
             raise self.refuse(key, f"has shape {list(x.shape)}; this codec codes matrices", hint="use dither for vectors")
-        parts, facts = self.pack(x, key, **chosen)
-        return self.measured(x, Coded(parts, facts), key)
+        if inputs is None or not self.calibrated:
+            return self.measured(x, Coded(*self.pack(x, key, **chosen)), key)
+        if x.ndim != 2 or x.shape[inputs.axis] != inputs.size:
+            raise self.refuse(key, f"has shape {list(x.shape)}; its inputs have {inputs.size} features on axis {inputs.axis}")
+        coded = self.measured(x, Coded(*self.pack(x, key, inputs=inputs, **chosen)), key)
+        made = self.decode(coded, x.shape, key, 0, x.size).reshape(x.shape)
+        coded.facts["error"]["output"] = inputs.relative(x, made)
+        return coded
 
     def measured(self, x: Array, coded: Coded, key: str) -> Coded:
         """The same with `bits` and `error` filled in. x: the delta, contiguous."""

@@ -4,7 +4,8 @@
 
 Every level is used and the grid is symmetric; zero is not on it, but a group of zeros has scale 0. The scale is the one of
 several clippings with least squared error, stored in float16 with a common power of two, times the gain correction of the
-whole tensor: <R, D> = <D, D>.
+whole tensor: <R, D> = <D, D>. With the Gram matrix of a layer's inputs codes are rounded with feedback (GPTQ) and need no
+such correction.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
 from surgery.delta.lossy.common import Array, Codec, Parts, rows_of
+from surgery.delta.lossy.inputs import Inputs, feed_back
 
 _CLIPS = {2: (1.0, 0.85, 0.7, 0.6, 0.5), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.92, 0.84), 8: (1.0,)}
 GROUP = {"type": "integer", "minimum": 4, "maximum": 65536, "default": 64, "description": "elements that share a scale"}
@@ -59,6 +61,7 @@ def best_scales(part: Array, bits: int, clips: tuple[float, ...]) -> Array:
 @lossy
 class Group(Codec):
     name = "group/1"
+    calibrated = True
     options = MappingProxyType(
         {
             "bits": {"enum": [2, 3, 4, 8], "default": 4, "description": "bits per element, scales not counted"},
@@ -67,7 +70,7 @@ class Group(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         bits, group = options["bits"], options["group"]
         rows, length = rows_of(x.shape)
         flat = x.reshape(rows, length)
@@ -77,6 +80,11 @@ class Group(Codec):
         ]
         payload, exponent, rounded = scales.to_half(np.concatenate(found).reshape(-1))
         rounded = rounded.reshape(rows, -1)
+        if inputs is not None:
+            steps = np.repeat(rounded, group, axis=1)[:, :length]
+            codes = self._fed_back(flat, steps, bits, inputs)
+            facts = {"width": bits, "group": group, "exponent": exponent, "factor": 1.0}
+            return {"codes": packing.pack(codes, bits), "scales": payload}, facts
         codes, dd, dr, rr = np.empty((rows, length), np.uint8), 0.0, 0.0, 0.0
         for a in range(0, rows, step):
             part, scale = grouped(flat[a : a + step].astype(np.float64), group), rounded[a : a + step]
@@ -88,6 +96,14 @@ class Group(Codec):
         gain = float(np.float32(scales.factor(options["scale"], np.array(dd), np.array(dr), np.array(rr))))
         facts = {"width": bits, "group": group, "exponent": exponent, "factor": gain}
         return {"codes": packing.pack(codes, bits), "scales": payload}, facts
+
+    def _fed_back(self, matrix: Array, steps: Array, bits: int, inputs: Inputs) -> Array:
+        """Codes with feedback. steps: of every element."""
+        by = inputs.turned(steps)
+        made = feed_back(
+            inputs.turned(matrix), inputs, lambda rest, j: odd(quantise(rest[0][:, None], by[:, j], bits)[:, 0], bits) * by[:, j] / 2
+        )
+        return quantise(np.ascontiguousarray(inputs.turned(made))[..., None], steps, bits)[..., 0]
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts = coded.facts
