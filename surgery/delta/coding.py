@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -23,6 +23,9 @@ from surgery.engine.evaluate import Evaluator
 from surgery.engine.reader import Reader
 from surgery.errors import Refused
 from surgery.graph.expr import Expr
+
+
+See = Callable[[str, DType, int, Array], None]  # (tensor, type, first element, bytes): what a tensor is rebuilt to
 
 
 class Readers:
@@ -117,21 +120,25 @@ def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
     return min(2.0 * bound, bound + half) + largest * 2.0**-22
 
 
-def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
+def code_lossy(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], see: See | None = None
+) -> LossyTensor:
     """A whole tensor, coded; its error measured on what a reader will get, final rounding included.
 
     An asked `max_error` holds for that too: where rounding spoils it the tensor is coded again at half of it, which suffices.
     """
-    made = _coded(pairing, readers, codec, options)
+    made = _coded(pairing, readers, codec, options, see)
     asked = options.get("max_error")
     if asked is not None and made.error["max_abs"] > asked:
-        made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2})
+        made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2}, see)
     if asked is not None and made.error["max_abs"] <= asked and "bound" in made.error:
         made.error["bound"] = min(made.error["bound"], asked)
     return made
 
 
-def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
+def _coded(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], see: See | None
+) -> LossyTensor:
     target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
     ranges = fingerprint.chunks(shape)
     delta, base_leaves = delta_of(pairing, readers)
@@ -147,6 +154,8 @@ def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[st
         assert ref is not None
         result = added(ref, codec.decode(coded, shape, target.name, a, b), dtype)
         made.leaves.append(fingerprint.digest(result))
+        if see is not None:
+            see(target.name, dtype, a, result)
         r = convert.typed(result, dtype).astype(np.float64) - convert.typed(ref, dtype).astype(np.float64)
         d = flat[a:b].astype(np.float64)
         dd += float(np.einsum("i,i->", d, d))
@@ -155,7 +164,9 @@ def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[st
         ee += float(np.einsum("i,i->", r, r))
         largest = max(largest, float(np.abs(r).max(initial=0.0)))
         top = max(top, float(np.abs(convert.typed(result, dtype).astype(np.float64)).max(initial=0.0)))
+    output = (coded.facts.get("error") or {}).get("output")
     made.error = {
+        **({} if output is None else {"output": output}),
         "max_abs": largest,
         "rel_fro": sqrt(ee / dd) if dd else (0.0 if ee == 0.0 else None),
         "gain": dr / dd if dd else (1.0 if ee == 0.0 else None),

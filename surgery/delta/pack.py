@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from surgery.checkpoint.dtypes import DType
 from surgery.checkpoint.layout import parse_size
 from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
@@ -43,6 +44,16 @@ Choice = tuple[Lossy, Mapping[str, Any]]
 Choose = Callable[[Tensor], Choice | None]
 
 
+class Judge(Protocol):
+    """Looks at a lossy package while it is made."""
+
+    def see(self, name: str, dtype: DType, start: int, raw: Any) -> None:
+        """Elements of a rebuilt tensor from `start` on, as bytes; from any thread."""
+
+    def conclude(self) -> dict[str, Any]:
+        """The manifest's `evaluation` and `calibration`, as far as there are any, once everything has been seen."""
+
+
 @dataclass
 class Packed:
     """What was made. size: bytes of the package; model: of the target's weights. same, coded, alias, fresh: tensors."""
@@ -69,16 +80,18 @@ def pack(
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    judge: Judge | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Packed:
     """Write the package that makes `model` of `base` to file `out`.
 
     codec: for what is carried exactly. choose: target tensor -> (lossy codec, options), None for those carried exactly;
     without it the package is exact. memory: bytes, or text like "1GB", that tensors which are coded with losses at the same
-    time may take together; a larger one is coded alone. Raises Refused (nothing is left behind) or Failed.
+    time may take together; a larger one is coded alone. judge: sees what lossy tensors are rebuilt to; what it concludes goes
+    into the manifest. Raises Refused (nothing is left behind) or Failed.
     """
     began = time.perf_counter()
-    job = _Job(base, model, codec, choose, threads, MEMORY if memory is None else parse_size(memory), progress)
+    job = _Job(base, model, codec, choose, threads, MEMORY if memory is None else parse_size(memory), judge, progress)
     job.refuse_place(Path(out))
     writer = PackageWriter(Path(out), job.part_names(), overwrite=overwrite)
     try:
@@ -107,6 +120,7 @@ class _Job:
         choose: Choose | None,
         threads: int | None,
         memory: int,
+        judge: Judge | None,
         progress: Callable[[int], None] | None,
     ) -> None:
         if threads is not None and threads < 1:
@@ -116,7 +130,7 @@ class _Job:
                 raise Refused(f"the {what} of a package must be weights; this one is a delta", hint="add it to its base first")
         reuse_freed_memory()
         self._nodes, self._codec, self._choose = (base, model), codec, choose
-        self._progress, self._memory = progress or (lambda n: None), memory
+        self._progress, self._memory, self._judge = progress or (lambda n: None), memory, judge
         self._threads = threads or len(os.sched_getaffinity(0))
         self.stored, self.made = stored_tensors(base), stored_tensors(model)
         self.base, self.target = unknown(self.stored), unknown(self.made)
@@ -189,6 +203,7 @@ class _Job:
             self.warnings.append("hardly anything is saved by this base: is it the one that the model was made from?")
         for i, (_, raw, _) in enumerate(self._headers):
             writer.add(f"header/{i}", pack_text(raw))
+        judged = {} if self._judge is None else self._judge.conclude()
         return {
             "spec": SPEC,
             "producer": f"weight-surgery {__version__}",
@@ -202,6 +217,7 @@ class _Job:
                 ],
             },
             "tensors": tensors,
+            **judged,
             "dropped": dropped(self.base, base_names),
             "files": self._write_files(writer),
         }
@@ -262,7 +278,8 @@ class _Job:
                 waiting.append((name, pairing, choice, 1))
                 factored = getattr(choice[0], "matrix", False) or choice[0].name.startswith("hybrid/")
                 each = _PER_FACTORED if factored else _PER_ELEMENT
-                yield each * pairing.target.numel, code_lossy, pairing, self._readers, choice[0], choice[1]
+                see = None if self._judge is None else self._judge.see
+                yield each * pairing.target.numel, code_lossy, pairing, self._readers, choice[0], choice[1], see
                 continue
             ranges = fingerprint.chunks(pairing.target.shape)
             waiting.append((name, pairing, choice, len(ranges)))
