@@ -48,7 +48,7 @@ def command() -> None:
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option of the codec. Repeatable.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Lossy: tensors to code so; default the matrices inside blocks.")
 @click.option("--calib", metavar="DATA", help="Lossy: texts (.txt, .jsonl) to fit to, or what `surgery statistics` wrote.")
-@click.option("--repair", metavar="RANK", type=click.IntRange(1), help="With texts: a trained low-rank part on top of the codec.")
+@click.option("--repair", metavar="RANK", type=click.IntRange(1), help="With texts: a trained low-rank part on top.")
 @click.option("--probe", metavar="DATA", help="Lossy: texts to compare outputs on; default some kept back from --calib.")
 @click.option("--samples", default=128, show_default=True, type=click.IntRange(1), help="Texts at most.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
@@ -81,12 +81,12 @@ def pack_(
     total = sum(e.numel * e.dtype.size for e in above.tensors.values())
     codec = FAST if how.pop("fast") else ULP
     data = {k: how.pop(k) for k in ("calib", "probe", "repair", "samples", "length")}
-    with chosen(below, above, how, data, quiet) as (choose, witness):
-        with bar(2 * total, show=not quiet and sys.stderr.isatty()) as advance:
-            made = pack(
-                below, above, out, codec=codec, choose=choose, judge=witness,
-                overwrite=overwrite, threads=threads, memory=memory, progress=advance,
-            )  # fmt: skip
+    shown = not quiet and sys.stderr.isatty()
+    with chosen(below, above, how, data, quiet) as (choose, witness), bar(2 * total, show=shown) as advance:
+        made = pack(
+            below, above, out, codec=codec, choose=choose, judge=witness,
+            overwrite=overwrite, threads=threads, memory=memory, progress=advance,
+        )  # fmt: skip
     _summary(made, quiet)
     if witness is not None and not quiet:
         from surgery.delta.container import Package
@@ -282,14 +282,15 @@ def _report(view: Mapping[str, Any], tensors: bool) -> Iterator[str]:
         yield from aligned(rows)
 
 
-def _evaluated(data: Mapping[str, Any]) -> Iterator[str]:
+def _evaluated(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the manifest says of data and outputs."""
     from surgery.cli.inspect_ import plural
 
-    if said := data.get("calibration"):
+    if said := facts.get("calibration"):
         fitted = ", ".join(f"{count} by {codec}" for codec, count in said["fitted"].items()) or "none"
-        yield f"fitted  to {said['file'] or 'statistics'} ({plural(said['texts'], 'text')}, {said['tokens']:,} tokens): {fitted}"
-    if said := data.get("evaluation"):
+        data = f"{said['file'] or 'statistics'} ({plural(said['texts'], 'text')}, {said['tokens']:,} tokens)"
+        yield f"fitted  to {data}: {fitted}"
+    if said := facts.get("evaluation"):
         where = f"{said['file']}, {plural(said['texts'], 'text')}{'' if said['held_out'] else ' that were fitted to'}"
         parts = [f"error of {said['outputs']} {_figure(said['error'])} of the base's"]
         if said["kl"] is not None:

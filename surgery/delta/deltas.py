@@ -55,7 +55,7 @@ class Deltas:
 
     def delta(self, name: str) -> Array:
         """Tuned minus base in float32."""
-        return delta_of(self._pairings[name], self._readers)[0]
+        return delta_of(self._pairings[name], self._readers)
 
     def tuned(self, name: str) -> Array:
         """The model's tensor in float32."""

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from surgery.delta.calibration.data import Texts, Tuned
-from surgery.delta.calibration.fit import Fitted
+from surgery.delta.calibration.fit import Fitted, coded_with
 from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.calibration.probe import outputs
-from surgery.delta.codecs.base import LOSSY, Coded, lossy_codec
+from surgery.delta.codecs.base import Coded, Lossy, lossy_codec
 from surgery.delta.deltas import Deltas
 from surgery.delta.lossy import lowrank
 from surgery.delta.lossy.common import Codec, rows_of
@@ -30,6 +30,7 @@ SCALED = ("sign/1", "ternary/1")  # codecs whose `scales` can be trained
 _BATCH, _CHECKS = 4, 8  # texts of a step; looks at the kept-back texts
 
 Step = Callable[[int, int], None]
+_QUIET: Step = lambda done, total: None  # noqa: E731
 
 
 class _Teacher:
@@ -55,9 +56,15 @@ class _Teacher:
 
 
 def _train(
-    teacher: _Teacher, texts: Texts, parameters: list[Any], weights: Callable[[], dict[str, Any]], *, steps: int, rate: float, step: Step
+    teacher: _Teacher,
+    texts: Texts,
+    parameters: Mapping[Any, float],
+    weights: Callable[[], dict[str, Any]],
+    *,
+    steps: int,
+    step: Step,
 ) -> None:
-    """AdamW on `parameters`; leaves in them the values that did best on the kept-back texts."""
+    """AdamW on `parameters`, each with its rate; leaves in them the values that did best on the kept-back texts."""
     import torch
 
     def judged() -> float:
@@ -66,7 +73,8 @@ def _train(
             return float(sum(teacher.loss(ids, made) for ids in texts.probe))
 
     best, kept = judged(), [p.detach().clone() for p in parameters]
-    order, optimiser = random.Random(0), torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order = random.Random(0)
+    optimiser = torch.optim.AdamW([{"params": [p], "lr": rate} for p, rate in parameters.items()], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     every = max(1, steps // _CHECKS)
     for i in range(1, steps + 1):
@@ -86,7 +94,7 @@ def _train(
 
 
 def distil_scales(
-    fitted: Fitted, deltas: Deltas, tuned: Tuned, texts: Texts, *, steps: int = 120, rate: float = 1e-2, step: Step = lambda i, n: None
+    fitted: Fitted, deltas: Deltas, tuned: Tuned, texts: Texts, *, steps: int = 100, rate: float = 1e-2, step: Step = _QUIET
 ) -> int:
     """Train the scales of sign and ternary codes in `fitted`, in place. rate: of their logarithms. Returns how many tensors."""
     import torch
@@ -112,11 +120,12 @@ def distil_scales(
             teacher.paths[n]: bases[n] + ((first[n] * logs[n].exp())[:, None] * signs[n]).reshape(bases[n].shape) for n in names
         }
 
-    _train(teacher, texts, list(logs.values()), weights, steps=steps, rate=rate, step=step)
+    _train(teacher, texts, dict.fromkeys(logs.values(), rate), weights, steps=steps, step=step)
     for n in names:
         codec, coded = fitted.codes[n]
         scale = (first[n] * logs[n].detach().exp()).numpy().astype("<f4")
-        fitted.codes[n] = codec, _measured(codec, replace(coded, parts={**coded.parts, "scales": scale.tobytes()}), deltas, n)
+        trained = replace(coded, parts={**coded.parts, "scales": scale.tobytes()})
+        fitted.codes[n] = codec, _measured(codec, trained, deltas.delta(n), n)
         tuned.hold(n, deltas.rebuilt(n, *fitted.codes[n]))
     return len(names)
 
@@ -129,12 +138,13 @@ def repair(
     *,
     rank: int,
     steps: int = 200,
-    rate: float = 1e-3,
-    step: Step = lambda i, n: None,
+    rate: float = 2e-2,
+    step: Step = _QUIET,
 ) -> int:
     """Put a trained low-rank part on top of every coded matrix of a linear layer, in place. Returns how many.
 
-    The factors are stored as float16 (`lowrank/1`) in a second stage (`hybrid/1`): 16 rank (rows + columns) bits each.
+    rate: of a factor, in units of its root mean square. The factors are stored as float16 (`lowrank/1`) in a second stage
+    (`hybrid/1`): 16 rank (rows + columns) bits each.
     """
     import torch
 
@@ -146,11 +156,11 @@ def repair(
     inputs = {layer.name: found[group[0].name] for group in groups for layer in group}
     names = [n for n in names if n in inputs]
     teacher = _Teacher(tuned, deltas, names)
-    low, below, left, right = lowrank.LowRank(), {}, {}, {}
+    low, below, left, right = lossy_codec("lowrank/1"), {}, {}, {}
     for n in names:
         built = deltas.rebuilt(n, *fitted.codes[n])
         rest = deltas.tuned(n) - built
-        b, a = lowrank.factors(low.encode(rest, key=n, inputs=inputs[n], rank=rank), rest.shape)
+        b, a = lowrank.factors(coded_with(low, rest, n, inputs[n], {"rank": rank, "factors": "float16"}), rest.shape)
         missing = min(rank, *rest.shape) - b.shape[1]
         if missing > 0:  # a part that is silent, and can learn
             b = np.concatenate([b, np.zeros((len(b), missing))], axis=1)
@@ -161,20 +171,21 @@ def repair(
     def weights() -> dict[str, Any]:
         return {teacher.paths[n]: below[n] + left[n] @ right[n] for n in names}
 
-    spread = float(np.median([float(m.detach().abs().mean()) for m in (*left.values(), *right.values())]))
-    _train(teacher, texts, [*left.values(), *right.values()], weights, steps=steps, rate=rate * max(spread, 1e-8) * 10, step=step)
+    sides = [*left.values(), *right.values()]
+    rates = {m: rate * max(float(m.detach().square().mean().sqrt()), 1e-8) for m in sides}
+    _train(teacher, texts, rates, weights, steps=steps, step=step)
     hybrid = lossy_codec("hybrid/1")
     for n in names:
         codec, coded = fitted.codes[n]
         parts, facts = lowrank.halves(left[n].detach().double().numpy(), right[n].detach().double().numpy().T)
         delta = deltas.delta(n)
         first = codec.decode(coded, delta.shape, n, 0, delta.size).reshape(delta.shape)
-        second = low.measured(np.ascontiguousarray(delta - first), Coded(parts, facts), n)
-        fitted.codes[n] = hybrid, _measured(hybrid, Coded(*joined([(LOSSY[codec.name], coded), (low, second)])), deltas, n)
+        second = _measured(low, Coded(parts, facts), delta - first, n)
+        fitted.codes[n] = hybrid, _measured(hybrid, Coded(*joined([(codec, coded), (low, second)])), delta, n)
         tuned.hold(n, deltas.rebuilt(n, *fitted.codes[n]))
     return len(names)
 
 
-def _measured(codec: Any, coded: Coded, deltas: Deltas, name: str) -> Coded:
+def _measured(codec: Lossy, coded: Coded, delta: Any, name: str) -> Coded:
     assert isinstance(codec, Codec)
-    return codec.measured(np.ascontiguousarray(deltas.delta(name)), coded, name)
+    return codec.measured(np.ascontiguousarray(delta), coded, name)

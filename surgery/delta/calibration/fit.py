@@ -18,24 +18,27 @@ from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.codecs.base import LOSSY, Coded, Lossy
 from surgery.delta.deltas import Deltas
 from surgery.delta.lossy.inputs import Inputs
-from surgery.delta.pack import Choose
 from surgery.delta.manifest import Tensor
+from surgery.delta.pack import Choose
 from surgery.statistics.node import StatisticsNode
 
 Plan = Mapping[str, tuple[Lossy, Mapping[str, Any]]]
 Step = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
     """A lossy codec that has coded one tensor already."""
 
-    name: str
     coded: Coded
+    name: str
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def encode(self, delta: NDArray[np.float32], *, key: str, **options: Any) -> Coded:
         return self.coded
+
+    def room(self, shape: tuple[int, ...], **options: Any) -> int:
+        return 4 * int(np.prod(shape))
 
     def decode(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> NDArray[np.float32]:
         return LOSSY[self.name].decode(coded, shape, key, start, stop)
@@ -50,7 +53,7 @@ class Fitted:
 
     def choose(self, tensor: Tensor) -> tuple[Lossy, Mapping[str, Any]] | None:
         found = self.codes.get(tensor.name)
-        return None if found is None else (Ready(found[0].name, found[1]), {})
+        return None if found is None else (Ready(found[1], found[0].name), {})
 
 
 def planned(deltas: Deltas, tensors: Mapping[str, Tensor], choose: Choose) -> Plan:
@@ -63,12 +66,12 @@ def planned(deltas: Deltas, tensors: Mapping[str, Tensor], choose: Choose) -> Pl
     return made
 
 
-def coded(codec: Lossy, deltas: Deltas, name: str, inputs: Inputs | None, options: Mapping[str, Any]) -> Coded:
+def coded_with(codec: Lossy, delta: Any, name: str, inputs: Inputs | None, options: Mapping[str, Any]) -> Coded:
     given = {"inputs": inputs} if inputs is not None and getattr(codec, "calibrated", False) else {}
-    return codec.encode(deltas.delta(name), key=name, **given, **options)
+    return codec.encode(delta, key=name, **given, **options)
 
 
-def fit_to_texts(deltas: Deltas, plan: Plan, tuned: Tuned, texts: Sequence[list[int]], step: Step = lambda i, n: None) -> Fitted:
+def fit_to_texts(deltas: Deltas, plan: Plan, tuned: Tuned, texts: Sequence[list[int]], step: Step) -> Fitted:
     """Code every tensor of `plan`, layer by layer. `tuned` holds the rebuilt model afterwards.
 
     Tensors that are no linear layer's weight (embeddings, vectors, experts that no text reaches) are coded without data, first.
@@ -81,7 +84,7 @@ def fit_to_texts(deltas: Deltas, plan: Plan, tuned: Tuned, texts: Sequence[list[
     def finish(name: str, inputs: Inputs | None) -> None:
         nonlocal done
         codec, options = plan[name]
-        found = coded(codec, deltas, name, inputs, options)
+        found = coded_with(codec, deltas.delta(name), name, inputs, options)
         made.codes[name] = codec, found
         if inputs is None or not getattr(codec, "calibrated", False):
             made.blind.append(name)
@@ -101,14 +104,14 @@ def fit_to_texts(deltas: Deltas, plan: Plan, tuned: Tuned, texts: Sequence[list[
     return made
 
 
-def fit_to_statistics(deltas: Deltas, plan: Plan, grams: StatisticsNode, step: Step = lambda i, n: None) -> Fitted:
+def fit_to_statistics(deltas: Deltas, plan: Plan, grams: StatisticsNode, step: Step) -> Fitted:
     """Code every tensor of `plan` with Gram matrices that were collected from the tuned model."""
     made = Fitted()
     for i, (name, (codec, options)) in enumerate(plan.items(), 1):
         inputs = gram_of(grams, name) if getattr(codec, "calibrated", False) else None
         if inputs is None:
             made.blind.append(name)
-        made.codes[name] = codec, coded(codec, deltas, name, inputs, options)
+        made.codes[name] = codec, coded_with(codec, deltas.delta(name), name, inputs, options)
         step(i, len(plan))
     return made
 

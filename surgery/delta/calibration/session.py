@@ -45,7 +45,7 @@ class Calibration:
     step: Step = _QUIET
 
     def weights(self, names: set[str]) -> dict[str, float]:
-        """What a squared error of a matrix does to its layer's outputs when it is fed back: det(H)^(1/n), relative to the mean."""
+        """What a squared error does to a layer's outputs where it is fed back: det(H)^(1/n), over the mean of layers."""
         found: dict[str, float] = {}
         if self.grams is not None:
             inputs = {n: gram_of(self.grams, n) for n in names}
@@ -70,7 +70,7 @@ class Calibration:
                     hint="give --bits or --size, or leave --calib out",
                 )
             if self.repair and codec.name.startswith(_STAGED):
-                raise Refused(f"--repair puts a second stage on a codec; {codec.name} has stages already", hint="list lowrank there")
+                raise Refused(f"--repair puts a second stage on a codec; {codec.name} has some already")
         if self.grams is not None:
             if self.repair:
                 raise Refused("--repair trains on texts; Gram matrices do not do", hint="give a file of texts to --calib")
@@ -84,15 +84,11 @@ class Calibration:
         from surgery.delta.calibration.distil import distil_scales, repair
 
         assert self.tuned is not None and self.texts is not None
-        given = {} if self.steps is None else {"steps": self.steps}
-        if self.steps != 0:
-            distil_scales(
-                fitted, self.deltas, self.tuned, self.texts, step=lambda i, n: self.step("distilling scales", i, n), **given
-            )
+        given: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
+        what = (fitted, self.deltas, self.tuned, self.texts)
+        distil_scales(*what, step=lambda i, n: self.step("distilling scales", i, n), **given)
         if self.repair:
-            repair(
-                fitted, self.deltas, self.tuned, self.texts, rank=self.repair, step=lambda i, n: self.step("repairing", i, n), **given
-            )
+            repair(*what, rank=self.repair, step=lambda i, n: self.step("repairing", i, n), **given)
 
     def restore(self, fitted: Fitted) -> None:
         """Put the fine-tuned weights back into the live model."""

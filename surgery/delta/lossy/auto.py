@@ -68,8 +68,8 @@ def allocate(
     tensors: name -> float32 delta in its full shape, or a function that makes it (called once, one tensor in memory at a time).
     size: bytes for all of them together; bits: the same per element; max_error: largest absolute error of any element, at the
     least size. weights: name -> factor on a tensor's squared error (default 1). grams: name -> X^T X / samples of a matrix's
-    inputs: the factor is then its mean diagonal, which makes the sum the expected squared error of the outputs. codec: what matrices
-    get: `dither/1`, or `round/1` for calibrated packages, whose rates are alike.
+    inputs: the factor is then its mean diagonal, which makes the sum the expected squared error of the outputs. codec: what
+    matrices get: `dither/1`, or `round/1` for calibrated packages, whose rates are alike.
     Raises Refused for a budget that is too small, or for none or several.
     """
     if sum(v is not None for v in (size, bits, max_error)) != 1:

@@ -9,9 +9,9 @@ the steps of best gain per bit first is optimal where gains are concave, as they
 the same cost (all triples at one precision; 8/3/2 and 8/4/3 in the original proportions) are tried and the best is kept, so a
 searched plan is never worse than a fixed one.
 
-With the Gram matrix of a layer's inputs, as published: vectors of the whitened delta; V is rounded with feedback under that
-matrix, then U is fitted and rounded with feedback under the Gram matrix of what V makes of the inputs. Plans are compared by the
-error of the layer's outputs.
+With the Gram matrix of a layer's inputs, as published: vectors of the whitened delta; V is rounded with feedback under
+that matrix, then U is fitted and rounded with feedback under the Gram matrix of what V makes of the inputs. Plans are
+compared by the error of the layer's outputs.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class _Side:
         self, columns: Array, plan: Plan, group: int, *, along: Inputs | None = None, across: Inputs | None = None
     ) -> None:
         vectors = np.ascontiguousarray(columns.T)
-        rank, length = vectors.shape
+        length = vectors.shape[1]
         found, at = [], 0
         for bits, count in plan:
             found.append(best_scales(grouped(vectors[at : at + count], group), bits, _CLIPS[bits]))

@@ -3,8 +3,8 @@
 float16: D = B A, B = U sqrt(S), A = sqrt(S) V^T. Values are scaled by a common power of two so that their product is exact
 (`exact`); subnormal float16 hold what is small. int8: every column of B and row of A scaled to 127, times an integer weight.
 
-Truncation shrinks the delta coherently; gain correction makes it worse (it amplifies what was kept) and is not offered. With the
-inputs' Gram matrix the triples are those that lose least of the layer's outputs (`spectrum.whitened`).
+Truncation shrinks the delta coherently; gain correction makes it worse (it amplifies what was kept) and is not offered. With
+the inputs' Gram matrix the triples are those that lose least of the layer's outputs (`spectrum.whitened`).
 """
 
 from __future__ import annotations

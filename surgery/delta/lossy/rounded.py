@@ -129,7 +129,8 @@ def _contexts(q: Array, shape: tuple[int, ...]) -> tuple[Classes, list[integers.
     """The scale classes that make q cheapest, their own size included, and q in blocks with them."""
     flat = q.reshape(-1)
     best: tuple[float, Any, Any] | None = None
-    for table in (scale_classes.plain(shape), *(scale_classes.measured(q.astype(np.float32), columns=c) for c in (False, True))):
+    of = scale_classes.powers(lambda a, b: flat[a:b].astype(np.float32), shape)
+    for table in (scale_classes.plain(shape), *(scale_classes.measured(of, columns=c) for c in (False, True))):
         blocks = [lambda r=r, t=table: (flat[r[0] : r[1]], t.of(*r)) for r in chunks(shape)]
         side = len(table.to_bytes()) if table.rows.any() or table.columns.any() else 0
         spent = 8.0 * side + integers.cost(integers.counted(blocks, table.contexts), q.size)

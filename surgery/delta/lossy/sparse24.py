@@ -76,9 +76,11 @@ class Sparse24(Codec):
             raise ValueError("a pair that is none")
         q = packing.unpack(parts["codes"], bits, rows * fours * 2, 2 * a, 2 * b)
         per = -(-2 * fours // group)
-        scale = scales.from_half(parts["scales"], facts["exponent"], rows * per) * 0.5
+        of = group_of(2 * fours, group, 2 * a, 2 * b)
+        low = int(of[0])
+        scale = scales.from_half(parts["scales"], facts["exponent"], rows * per, low, int(of[-1]) + 1) * 0.5
         gains = scales.singles(parts["gains"], rows).astype(np.float64)
-        values = odd(q, bits) * scale[group_of(2 * fours, group, 2 * a, 2 * b)] * spread(gains, 2 * fours, 2 * a, 2 * b)
+        values = odd(q, bits) * scale[of - low] * spread(gains, 2 * fours, 2 * a, 2 * b)
         made = np.zeros((b - a, 4))
         np.put_along_axis(made, _PAIRS[pair], values.reshape(-1, 2), axis=1)
         if last - first == 1:
