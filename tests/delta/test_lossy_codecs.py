@@ -246,6 +246,40 @@ def test_dither_bound_holds(rows: int, columns: int, scale: float, error: float,
     assert coded.facts["error"]["bound"] <= limit * (1 + 1e-12)
 
 
+UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24"}  # with `scale: gain`, the default
+
+
+@given(
+    case=st.sampled_from([c for c in CASES if c[0] != "loftq"]),
+    rows=st.integers(1, 24),
+    columns=st.integers(1, 40),
+    scale=st.floats(1e-6, 1e3),
+    zeros=st.sampled_from([0.0, 0.5, 0.98]),
+    seed=st.integers(0, 10**6),
+)
+def test_what_is_stated_is_true(case: Any, rows: int, columns: int, scale: float, zeros: float, seed: int) -> None:
+    """Error, gain, bound and size of every codec, for deltas of any shape and scale, dense to almost empty."""
+    name, options = case
+    rng = np.random.default_rng(seed)
+    x = scale * rng.standard_t(3, (rows, columns)) * (rng.random((rows, columns)) >= zeros)
+    x = x.astype(np.float32)
+    options = {k: v * scale * 1e4 if k in ("step", "max_error") else v for k, v in options.items()}
+    codec = lossy_codec(name)
+    coded = codec.encode(x, key="t", **options)
+    made, d = whole(codec, on_disk(coded), x.shape).astype(np.float64), x.astype(np.float64)
+    error, e = coded.facts["error"], made - d
+    assert error["max_abs"] == np.abs(e).max() <= error.get("bound", np.inf)
+    assert coded.facts["bits"] == 8 * sum(map(len, coded.parts.values())) / x.size
+    if d.any():
+        assert error["rel_fro"] == pytest.approx(np.linalg.norm(e) / np.linalg.norm(d), rel=1e-6, abs=1e-12)
+        gain = float((made * d).sum() / (d * d).sum())
+        assert error["gain"] == pytest.approx(gain, rel=1e-6, abs=1e-9)
+        if name in UNBIASED_SCALE and options.get("scale") != "l2" and made.any():
+            assert gain == pytest.approx(1.0, abs=2e-3)
+    else:
+        assert not made.any()
+
+
 def test_large_tensor_has_several_chunks_and_bounded_lanes() -> None:
     x = heavy((1100, 1024))
     codec = lossy_codec("dither")

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from surgery.delta.calibration.data import Texts, Tuned
-from surgery.delta.calibration.fit import Fitted, coded_with
+from surgery.delta.calibration.fit import Fitted
 from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.calibration.probe import outputs
 from surgery.delta.codecs.base import Coded, Lossy, lossy_codec
 from surgery.delta.deltas import Deltas
 from surgery.delta.lossy import lowrank
 from surgery.delta.lossy.common import Codec, rows_of
-from surgery.delta.lossy.hybrid import joined
+from surgery.delta.lossy.hybrid import coded_with, joined
 
 SCALED = ("sign/1", "ternary/1")  # codecs whose `scales` can be trained
 _BATCH, _CHECKS = 4, 8  # texts of a step; looks at the kept-back texts

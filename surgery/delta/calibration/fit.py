@@ -17,6 +17,7 @@ from surgery.delta.calibration.data import Tuned
 from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.codecs.base import LOSSY, Coded, Lossy
 from surgery.delta.deltas import Deltas
+from surgery.delta.lossy.hybrid import coded_with
 from surgery.delta.lossy.inputs import Inputs
 from surgery.delta.manifest import Tensor
 from surgery.delta.pack import Choose
@@ -64,11 +65,6 @@ def planned(deltas: Deltas, tensors: Mapping[str, Tensor], choose: Choose) -> Pl
         if choice is not None:
             made[name] = choice
     return made
-
-
-def coded_with(codec: Lossy, delta: Any, name: str, inputs: Inputs | None, options: Mapping[str, Any]) -> Coded:
-    given = {"inputs": inputs} if inputs is not None and getattr(codec, "calibrated", False) else {}
-    return codec.encode(delta, key=name, **given, **options)
 
 
 def fit_to_texts(deltas: Deltas, plan: Plan, tuned: Tuned, texts: Sequence[list[int]], step: Step) -> Fitted:

@@ -132,7 +132,7 @@ class Codec:
         """Bytes that coding a tensor of this shape takes, about."""
         size = prod(shape)
         if self.streams:
-            return _PER_ELEMENT * min(size, 1 << 22) + min(size, 1 << 26)
+            return _PER_ELEMENT * min(size, 1 << 22) + min(2 * size, 1 << 27)
         if not self.matrix:
             return _PER_ELEMENT * size
         rows, columns = rows_of(shape)
