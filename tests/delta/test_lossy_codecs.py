@@ -223,6 +223,13 @@ def test_unknown_options_are_refused(name: str, options: dict) -> None:
         lossy_codec(name).encode(np.ones((4, 4)), key="t", bitz=3, **options)
 
 
+@pytest.mark.parametrize("name", ["group", "sparse24", "quantile"])
+def test_numbers_of_bits_may_come_as_floats(name: str, delta: np.ndarray) -> None:
+    """As `--bits 2` does."""
+    one, two = (lossy_codec(name).encode(delta, key="t", bits=bits) for bits in (2, 2.0))
+    assert one.parts == two.parts and one.facts == two.facts
+
+
 @pytest.mark.parametrize("name", ["dither", "svd_wf", "lowrank", "delta_come"])
 def test_exactly_one_budget(name: str) -> None:
     with pytest.raises(Refused, match="exactly one of"):

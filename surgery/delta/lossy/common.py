@@ -87,6 +87,7 @@ class Codec:
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     matrix = False  # refuses vectors
     calibrated = False  # `pack` takes `inputs`
+    saturates = False  # its codes have a bounded range, which feedback can leave
     streams = False  # `pack` takes a `Source` and never holds the whole delta; else an array
 
     def encode(
@@ -109,10 +110,25 @@ class Codec:
             return self.measured(x, coded, key) if measure else coded
         if x.ndim != 2 or x.shape[inputs.axis] != inputs.size:
             raise self.refuse(key, f"has shape {list(x.shape)}; its inputs have {inputs.size} features on axis {inputs.axis}")
-        coded = self.measured(x, Coded(*self.pack(given, key, inputs=inputs, **chosen)), key)
-        made = self.decode(coded, x.shape, key, 0, x.size).reshape(x.shape)
-        coded.facts["error"]["output"] = inputs.relative(x.array(), made)
-        return coded
+        return self._fitted(x, key, inputs, chosen)
+
+    def _fitted(self, x: Source, key: str, inputs: Inputs, options: dict[str, Any]) -> Coded:
+        """The code that does least harm. Codes of a bounded range cannot follow feedback everywhere; with more damping there
+        is less of it, and without any it is what it was without data: never worse than that."""
+        delta = x.array()
+        best: tuple[float, Coded] | None = None
+        for one in (inputs, inputs.damped_by(0.1), None) if self.saturates else (inputs,):
+            given = {} if one is None else {"inputs": one}
+            coded = Coded(*self.pack(delta, key, **given, **options))
+            made = self.decode(coded, x.shape, key, 0, x.size).reshape(x.shape)
+            harm = inputs.harm(made - delta.astype(np.float64))
+            if best is None or harm < best[0]:
+                best = harm, coded
+        assert best is not None
+        stated = self.measured(x, best[1], key)
+        whole = inputs.harm(delta)
+        stated.facts["error"]["output"] = (best[0] / whole) ** 0.5 if whole > 0.0 else None
+        return stated
 
     def measured(self, delta: Array | Source, coded: Coded, key: str) -> Coded:
         """The same with `bits` and `error` filled in."""

@@ -43,6 +43,7 @@ class DeltaCoMe(Codec):
     name = "delta_come/1"
     matrix = True
     calibrated = True
+    saturates = True
     options = MappingProxyType(
         {
             "bits": number("bits per element to spend at most; the plan is searched", exclusiveMinimum=0),

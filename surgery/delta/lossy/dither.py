@@ -146,9 +146,7 @@ class Dither(Codec):
         spent = self.rate(x, key, seed, tries)
         return lambda bits: solve(spent, bits, largest * 2.0**-26, 8.0 * largest)
 
-    def rate(
-        self, delta: Array | Source, key: str, seed: int, tries: list[Classes] | None = None
-    ) -> Callable[[float], float]:
+    def rate(self, delta: Array | Source, key: str, seed: int, tries: list[Classes] | None = None) -> Callable[[float], float]:
         """step -> bits per element, measured on a sample of the tensor (to about 2 %)."""
         x = as_source(delta)
         tries = tries or _tries(x)

@@ -65,6 +65,7 @@ class Group(Codec):
     name = "group/1"
     streams = True
     calibrated = True
+    saturates = True
     options = MappingProxyType(
         {
             "bits": {"enum": [2, 3, 4, 8], "default": 4, "description": "bits per element, scales not counted"},

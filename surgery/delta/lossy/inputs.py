@@ -85,10 +85,9 @@ class Inputs:
         """(outputs, inputs) of a matrix as it is stored, and back again."""
         return matrix if self.axis == 1 else matrix.T
 
-    def relative(self, delta: Array, made: Array) -> float | None:
-        """The error of the layer's outputs over what the delta adds to them; None where it adds nothing."""
-        whole = self.harm(delta)
-        return float((self.harm(made.astype(np.float64) - delta) / whole) ** 0.5) if whole > 0.0 else None
+    def damped_by(self, damp: float) -> Inputs:
+        """The same with another share of the mean diagonal added."""
+        return Inputs(self.gram, axis=self.axis, damp=damp)
 
     def upright(self) -> Inputs:
         """The same for matrices that are (outputs, inputs) already; what is worked out is shared."""

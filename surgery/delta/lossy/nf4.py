@@ -34,6 +34,7 @@ class NF4(Codec):
     name = "nf4/1"
     streams = True
     calibrated = True
+    saturates = True
     options = MappingProxyType({"scale": scales.SCALE})
 
     def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:

@@ -28,6 +28,7 @@ _CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.92, 0.84)}
 class Sparse24(Codec):
     name = "sparse24/1"
     calibrated = True
+    saturates = True
     options = MappingProxyType(
         {
             "bits": {"enum": [2, 3, 4], "default": 4, "description": "bits per kept element"},
