@@ -56,10 +56,25 @@ _LOSSY_LAYER = _object(
                 "rel_fro": {"type": ["number", "null"], "minimum": 0},
                 "gain": {"type": ["number", "null"]},
                 "bound": {"type": ["number", "null"], "minimum": 0},
+                "output": {"type": ["number", "null"], "minimum": 0},
             },
         ),
     },
 )
+_TEXTS = {"file": _NAME, "sha256": _HASH, "texts": _COUNT, "tokens": _COUNT}
+_MEASURE = {"type": ["number", "null"], "minimum": 0}
+_EVALUATION = _object(
+    [*_TEXTS, "held_out", "outputs", "error", "kl", "agree"],
+    {
+        **_TEXTS,
+        "held_out": {"type": "boolean"},
+        "outputs": {"enum": ["logits", "hidden states"]},
+        "error": _MEASURE,
+        "kl": _MEASURE,
+        "agree": {**_MEASURE, "maximum": 1},
+    },
+)
+_CALIBRATION = _object([*_TEXTS, "fitted"], {**_TEXTS, "fitted": {"type": "object", "additionalProperties": _COUNT}})
 _TENSOR = _object(
     ["dtype", "shape", "sha256"],
     {
@@ -105,6 +120,8 @@ SCHEMA: dict[str, Any] = {
                 },
             ),
             "tensors": {"type": "object", "additionalProperties": _TENSOR},
+            "evaluation": _EVALUATION,
+            "calibration": _CALIBRATION,
             "dropped": {"type": "array", "items": _NAME},
             "files": {
                 "type": "object",
