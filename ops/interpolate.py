@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgery.ops.declare import REQUIRED, choice, linear, number, takes
-from surgery.ops.statistics import Array, Sums, gram
+from surgery.ops.statistics import Array, Sums, gram, gram_stored
 
 
 @linear(
@@ -37,11 +37,7 @@ def lerp(count: int, *, alpha: float) -> list[float]:
 
 
 def _products(count: int, sizes: Sequence[int], **_: Any) -> Sums:
-    return Sums(_pair_products, lambda total: total)
-
-
-def _pair_products(inputs: Sequence[Array]) -> Array:
-    return gram(inputs)
+    return Sums(gram, lambda total: total, stored=gram_stored)
 
 
 @linear(

@@ -65,6 +65,12 @@ def decode_bf16(stored: Any, out: Any) -> None:
 
 
 @_jit
+def decode_bf16_at(address: Any, out: Any) -> None:
+    """uint16 patterns at `address` into float32."""
+    decode_bf16(carray(_pointer_u16(np.uint64(address)), out.size), out)
+
+
+@_jit
 def encode_bf16(values: Any, out: Any) -> bool:
     """float32 rounded to nearest even into uint16 patterns; True if all results are finite."""
     top = np.uint32(0)
@@ -79,70 +85,6 @@ def encode_bf16(values: Any, out: Any) -> bool:
             if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
                 out[i] = np.uint16((bits >> np.uint32(16)) & np.uint32(0x8000) | np.uint32(0x7FC0))
     return top < np.uint32(0x7F7F8000)
-
-
-# -- weighted sums -------------------------------------------------------------------------------------------------------
-
-
-@_jit
-def _first(x: Any, c: Any, total: Any) -> None:
-    for i in range(x.size):
-        total[i] = _float_of(np.uint32(x[i]) << np.uint32(16)) * c
-
-
-@_jit
-def _more(x: Any, c: Any, total: Any) -> None:
-    for i in range(x.size):
-        total[i] += _float_of(np.uint32(x[i]) << np.uint32(16)) * c
-
-
-@_jit
-def _first_from(x: Any, base: Any, c: Any, total: Any) -> None:
-    for i in range(x.size):
-        total[i] = (_float_of(np.uint32(x[i]) << np.uint32(16)) - base[i]) * c
-
-
-@_jit
-def _more_from(x: Any, base: Any, c: Any, total: Any) -> None:
-    for i in range(x.size):
-        total[i] += (_float_of(np.uint32(x[i]) << np.uint32(16)) - base[i]) * c
-
-
-@_jit
-def _add(x: Any, total: Any) -> None:
-    for i in range(x.size):
-        total[i] += x[i]
-
-
-@_jit
-def weighted_bf16(addresses: Any, count: int, coefs: Any, anchored: bool, out: Any) -> bool:
-    """sum_k coefs[k] x_k of bfloat16 tensors, rounded once into `out` (uint16); True if all results are finite.
-
-    anchored: as x_0 + sum_k coefs[k] (x_k - x_0). Otherwise in the order given.
-    """
-    step = 2048
-    scratch, first = np.empty(step, np.float32), np.empty(step, np.float32)
-    sound = True
-    for start in range(0, count, step):
-        n = min(step, count - start)
-        total, base = scratch[:n], first[:n]
-        for k in range(addresses.size):
-            x = carray(_pointer_u16(addresses[k]), count)[start : start + n]
-            c = coefs[k]
-            if anchored and k == 0:
-                decode_bf16(x, base)
-            elif anchored and k == 1:
-                _first_from(x, base, c, total)
-            elif anchored:
-                _more_from(x, base, c, total)
-            elif k == 0:
-                _first(x, c, total)
-            else:
-                _more(x, c, total)
-        if anchored:
-            _add(base, total)
-        sound = encode_bf16(total, out[start : start + n]) and sound
-    return sound
 
 
 # -- sums ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 
 from surgery.ops.declare import boolean, integer, linear, number, pointwise, takes
 from surgery.ops.lazy import torch
-from surgery.ops.statistics import Array, RowGram, Sums, gram
+from surgery.ops.statistics import Array, RowGram, Sums, gram, gram_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ _NOWHERE = 1e-6  # length of a mean of unit vectors below which it is rounding
 
 
 def _products() -> Sums:
-    return Sums(gram, lambda total: total)
+    return Sums(gram, lambda total: total, stored=gram_stored)
 
 
 def _position(weight: Sequence[float]) -> float:

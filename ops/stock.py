@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 
 from surgery.ops.declare import boolean, choice, linear, takes
-from surgery.ops.statistics import Array, RowGram, Sums, gram
+from surgery.ops.statistics import Array, RowGram, Sums, gram, gram_stored
 
 
 def _statistic(count: int, sizes: Sequence[int], *, granularity: str, **_: Any) -> Any:
-    return RowGram(_deltas) if granularity == "row" else Sums(_delta_gram, lambda total: total)
+    if granularity == "row":
+        return RowGram(_deltas)
+    return Sums(_delta_gram, lambda total: total, stored=_stored_delta_gram)
+
+
+def _stored_delta_gram(pairs: Array, count: int) -> Array:
+    """pairs: base and fine-tunes, each a stored tensor."""
+    return gram_stored(np.stack([pairs[1:, 0], np.full(len(pairs) - 1, pairs[0, 0])], axis=1), count)
 
 
 def _delta_gram(inputs: Sequence[Array]) -> Array:

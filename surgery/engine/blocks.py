@@ -19,6 +19,7 @@ from surgery.engine import convert
 from surgery.engine.convert import Array
 from surgery.engine.pieces import PIECE
 from surgery.engine.profile import Profile
+from surgery.engine.terms import ordered
 from surgery.graph.expr import Applied, Expr, Read, Weighted, walk
 from surgery.ops.blocks import UNIT, Step, Watch
 from surgery.ops.eager import row_length
@@ -98,8 +99,6 @@ class Blocks:
     @staticmethod
     def of_sum(expr: Expr, *, wide: bool, whole: bool) -> Blocks | None:
         """The program that computes an expression whose uppermost node may be a weighted sum, or None."""
-        from surgery.engine.evaluate import ordered
-
         if not any(isinstance(e, Applied) and e.op.blocks is not None for e in walk([expr])):
             return None
         if not isinstance(expr, Weighted):

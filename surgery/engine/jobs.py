@@ -22,7 +22,7 @@ from surgery.engine.profile import Profile
 from surgery.errors import Refused
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Measure, Read, walk
 from surgery.ops.eager import row_length
-from surgery.ops.statistics import At
+from surgery.ops.statistics import At, Stored
 
 MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
 
@@ -70,17 +70,24 @@ class MeasurePhase(Phase):
             evaluator.begin(start, stop, wide=self._wide, shared=self._shared)
             at = evaluator.at(part)
             try:
-                self._seen[i] = self._in_blocks(evaluator, part, at, stop) or (at, self._observed(evaluator, part, at))
+                self._seen[i] = self._in_blocks(evaluator, part, at, stop) or (
+                    at, self._observe(evaluator, part, stop - start, at)
+                )
             except FloatingPointError:
                 raise culprit(part, start, stop, evaluator) or _too_large(part) from None
             size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
         return size
 
-    def _observed(self, evaluator: Evaluator, part: Applied, at: At) -> Any:
+    def _observe(self, evaluator: Evaluator, part: Applied, count: int, at: At) -> Any:
+        statistic = self._statistic
+        if not self._lenient and isinstance(statistic, Stored) and statistic.takes_stored:
+            pairs = evaluator.pairs(part.args)
+            if pairs is not None:
+                return statistic.observe_stored(pairs, count, at)
         inputs = [evaluator.values(a) for a in part.args]
         if self._lenient:
             inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
-        return self._statistic.observe(inputs, at)
+        return statistic.observe(inputs, at)
 
     def _in_blocks(self, evaluator: Evaluator, part: Applied, at: At, stop: int) -> tuple[At, Any] | None:
         """The same without leaving the cache, where the statistic and everything that it looks at can."""

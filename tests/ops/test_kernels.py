@@ -159,3 +159,47 @@ def test_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(fast, "_loaded", None)
     monkeypatch.setenv("SURGERY_KERNELS", "0")
     assert fast.load() is None and fast.kernels() is None
+
+
+@pytest.mark.parametrize("count", [1, 100, 4096, 4097, 30_000])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_weighted_sums_where_they_are_stored(count, inputs, anchored):
+    from surgery.ops.sum_kernels import weighted_bf16
+
+    if anchored and inputs == 1:
+        return
+    stored = [floats(count, 2.0).astype(ml_dtypes.bfloat16) for _ in range(inputs)]
+    coefs = RNG.standard_normal(inputs).astype(np.float32)
+    x = [s.astype(np.float32) for s in stored]
+    if anchored:
+        total = (x[1] - x[0]) * coefs[1]
+        for value, coef in zip(x[2:], coefs[2:], strict=True):
+            total = total + (value - x[0]) * coef
+        total = total + x[0]
+    else:
+        total = x[0] * coefs[0]
+        for value, coef in zip(x[1:], coefs[1:], strict=True):
+            total = total + value * coef
+    out = np.empty(count, np.uint16)
+    places = fast.addresses([s.view(np.uint16) for s in stored])
+    assert weighted_bf16(places, count, coefs, anchored, out)
+    assert np.array_equal(out, total.astype(ml_dtypes.bfloat16).view(np.uint16))
+    stored[-1][count // 2] = np.nan if anchored else np.inf
+    assert not weighted_bf16(places, count, np.abs(coefs) + 1, anchored, out)
+    assert not np.isfinite(out.view(ml_dtypes.bfloat16)[count // 2].astype(np.float32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4095, 4096, 12_288, 20_001])
+def test_inner_products_where_they_are_stored(count):
+    stored = [floats(count, s).astype(ml_dtypes.bfloat16) for s in (0.1, 1.0, 3.0, 0.5)]
+    base = stored[0].astype(np.float32)
+    vectors = [stored[1].astype(np.float32) - base, stored[2].astype(np.float32), stored[3].astype(np.float32) - base]
+    places = fast.addresses([s.view(np.uint16) for s in stored])
+    pairs = np.array([[places[1], places[0]], [places[2], 0], [places[3], places[0]]], np.uint64)
+    assert np.array_equal(statistics.gram_stored(pairs, count), statistics.gram(vectors))
+    if count > 4096:  # a block of zeros, and one out of float32's range
+        stored[2][:4096] = 0
+        stored[3][:4096] = 1e30
+        vectors = [vectors[0], stored[2].astype(np.float32), stored[3].astype(np.float32) - base]
+        assert np.array_equal(statistics.gram_stored(pairs, count), statistics.gram(vectors))
