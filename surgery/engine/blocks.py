@@ -26,7 +26,7 @@ from surgery.ops.eager import row_length
 from surgery.ops.fast import kernels
 from surgery.ops.statistics import At
 
-BLOCK = 1 << 16  # elements: a dozen buffers of them stay in the second-level cache
+BLOCK = 1 << 17  # elements: what a few operators need of them stays in the second-level cache
 _MOST = 32  # buffers
 
 
