@@ -1,7 +1,7 @@
 """Operators a block at a time: how they compute without leaving the cache, and what they share for it.
 
-A piece is handed over in consecutive blocks, each a multiple of 4096 elements long (and of whole rows, for operators of locality
-"rows") but for the last. Results have the bits that the operator gives for the piece as a whole.
+A piece is handed over in consecutive blocks, each a multiple of 4096 elements long (and of whole rows, for operators of
+locality "rows") but for the last. Results have the bits that the operator gives for the piece as a whole.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 So a mask is the same for every thread count, chunk size and engine. Philox 4x64 (Salmon et al. 2011) as numpy ships it.
 
-There are two kinds of streams. *Bits* are 32 bits of one stream for each number. *Draws* are made to be compared: the upper byte
-comes from one stream (plane 0: 32 of them to a block), the lower 24 bits from another (plane 1) that is looked at only where the
-upper byte does not decide, for one number in 256. A probability is still exact to 2**-32, at a quarter of the cost.
+There are two kinds of streams. *Bits* are 32 bits of one stream for each number. *Draws* are made to be compared: the upper
+byte comes from one stream (plane 0: 32 of them to a block), the lower 24 bits from another (plane 1) that is looked at only
+where the upper byte does not decide, for one number in 256. A probability is still exact to 2**-32, at a quarter of the cost.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def ranks(x: Any, room: Any, sort: bool, out: Any) -> bool:
 
 @_jit
 def _among(grouped: Any, first: Any, size: Any, key: Any) -> Any:
-    """Twice the rank of `key`, given that all keys before place `first` are smaller and all from `first + size` on are larger."""
+    """Twice the rank of `key` where all keys before place `first` are smaller, all from `first + size` on larger."""
     source = np.uint64(grouped.ctypes.data) + np.uint64(4 * first)
     sums, at = np.uint64(0), np.int64(0)
     while size - at > 16:

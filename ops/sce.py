@@ -148,7 +148,7 @@ class FindShares:
         """Take in a pass that sought the cut; in a sample, the number of elements that differ is an estimate."""
         assert self._search is not None
         sampled, collected = self._search.sampled, self.collects
-        looked, differ = (sum(v[i] for _, v in seen) for i in (0, 1))
+        looked, differ = sum(v.size for _, v in seen), sum(v.differ for _, v in seen)
         if sampled:
             differ = max(1, differ * self._total // max(looked, 1))
         keep = int(self._topk * differ)
@@ -220,8 +220,8 @@ class _Watch:
                 self._kernels.where_kept(x, differences, np.float32(self._limit.threshold), self._ties, left)
             squares.add(left)
         if self._search is None and differences is not None and self._ties:
-            equal = np.count_nonzero(differences == np.float32(self._limit.threshold))
-            self._ties = max(0, self._ties - equal)
+            equal = int(np.count_nonzero(differences == np.float32(self._limit.threshold)))
+            self._ties -= min(self._ties, equal)
 
     def seen(self) -> Any:
         squares = np.array([s.total for s in self._squares])

@@ -81,7 +81,7 @@ def _on_arrays(
     **_: Any,
 ) -> Array:
     """`ties` on numpy arrays, in the same order of operations."""
-    cuts = measured or [None] * len(deltas)
+    cuts: Sequence[Cut | None] = measured or [None] * len(deltas)
     kind = deltas[0].dtype.type
     if kind is np.float32 and all(x.flags.c_contiguous for x in deltas) and kernels() is not None:
         out = np.empty(len(deltas[0]), np.float32)

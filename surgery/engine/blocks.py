@@ -274,6 +274,6 @@ def _way(expr: Expr, bits: bool) -> tuple[str, Sequence[Expr], bool]:
 def _uses(order: Sequence[Expr], roots: Sequence[Expr]) -> dict[int, int]:
     """How often each expression is an argument; roots once more, so that their buffers are kept."""
     uses = {id(e): 0 for e in order}
-    for e in [*roots, *(a for e in order for a in e.args)]:
-        uses[id(e)] += 1
+    for arg in [*roots, *(a for e in order for a in e.args)]:
+        uses[id(arg)] += 1
     return uses

@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_named(op: str, bad: float, tmp_path: Path, monkey
     base, a, b = (surgery.open(tmp_path / f"m{i}") for i in range(3))
     fast.load()
     made = ops.registry[op](*([a - base, b - base] if op in ("ties", "sce") else [b - base]), **({"topk": 0.5} if op == "sce" else {}))
-    with pytest.raises(surgery.Refused, match="m2.*`w` holds.*flat index 69999"):
+    with pytest.raises(surgery.Refused, match=r"m2.*`w` holds.*flat index 69999"):
         (base + made).save(tmp_path / "out", dtype="bfloat16")
 
 
