@@ -21,12 +21,13 @@ BELOW = {
     "report": {"errors", "version"},
     "vocabulary": {"engine", "graph", "checkpoint", "ops", "errors"},
     "statistics": {"graph", "checkpoint", "errors", "version"},
-    "reshape": {"statistics", "graph", "checkpoint", "ops", "errors"},
+    "reshape": {"statistics", "live", "engine", "graph", "checkpoint", "ops", "errors"},
     "inputs": {"adapter", "delta", "statistics", "graph", "checkpoint", "errors"},
     "steps": {"adapter", "delta", "reshape", "graph", "errors"},
     "tuning": {"lab", "adapter", "delta", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "lab": {"recipe", "statistics", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version", "live", "api"},
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "cluster": {"recipe", "remote", "engine", "graph", "checkpoint", "errors", "version"},
     "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 

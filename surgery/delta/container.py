@@ -37,7 +37,7 @@ _KEPT = 4  # tensors whose lossy payload is kept
 
 def is_package(location: str) -> bool:
     """Whether a location is a package: by its name, or by what its header says."""
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if not path.is_file() or path.suffix != ".safetensors":
         return False
     if path.name.endswith(SUFFIX):
@@ -167,7 +167,7 @@ class Package:
     """An opened package: manifest and header are checked, nothing else is read. Safe to share between threads."""
 
     def __init__(self, location: str) -> None:
-        self.path = str(Path(location).expanduser())
+        self.path = str(Path(os.path.expanduser(location)))
         if not os.path.isfile(self.path):
             raise Refused(f"{location}: no such package")
         self._fd = os.open(self.path, os.O_RDONLY)

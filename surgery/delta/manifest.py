@@ -229,6 +229,7 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(data):
         place = ".".join(map(str, error.absolute_path)) or "manifest"
         raise bad(where, f"its manifest is wrong at {place}: {error.message[:200]}")
+    _printable(data, where)
     entries = {name: _entry(name, entry, where) for name, entry in data["tensors"].items()}
     for name, e in entries.items():
         _check_entry(name, e, entries, data["mode"], where)
@@ -255,6 +256,19 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     if fingerprint.root_hash(roots) != data["target"]["root"]:
         raise bad(where, "its target root is not that of its tensors")
     return Manifest(data, entries)
+
+
+def _printable(data: Any, where: str) -> None:
+    """Refuse names that cannot be hashed (lone surrogates) or would write to a terminal, wherever they are."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, str) and not value.isprintable():
+            raise bad(where, f"its manifest holds text with characters that cannot be printed: {ascii(value)[:100]}")
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
 
 
 def _entry(name: str, said: Mapping[str, Any], where: str) -> Entry:
