@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -50,9 +50,9 @@ class _Handle:
                 hint="do not write to inputs during a run; --overwrite starts afresh with what is there now",
             )
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 class Reader:
