@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from evidence.claims import Claim, Figures
 from rig.digits import CORRUPTIONS, Digits
 from torch.nn import functional as F
 
 import surgery
+from evidence.claims import Claim, Figures
 
 TITLE = "BANG: spurious features and confidence"
 SOURCE = "Lin et al. 2024, Spurious feature diversification improves out-of-distribution generalization, arXiv 2309.17230."
@@ -42,7 +43,7 @@ CLAIMS = [
 
 
 def smoothed(share: float) -> Callable[[Any, Any], Any]:
-    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=share)
+    return partial(F.cross_entropy, label_smoothing=share)
 
 
 def mixed(items: Sequence[Any]) -> Mapping[str, Any]:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from rig.digits import DOMAINS, Digits
 
 import surgery
+from evidence.claims import Claim, Figures
 
 TITLE = "Continual learning in weight space"
 SOURCE = (
-    "HFT (arXiv 2404.18466), momentum-based weight interpolation (arXiv 2211.03186), WiSE-FT after each stage, L2-SP (arXiv 1802.01483). Twice the usual learning rate, so that there is something to forget."
+    "HFT (arXiv 2404.18466), momentum-based weight interpolation (arXiv 2211.03186), WiSE-FT after each stage, "
+    "L2-SP (arXiv 1802.01483). Twice the usual learning rate, so that there is something to forget."
 )
 RIG = "digits"
 STREAM = ("rot90", "rot180", "inv")
@@ -78,7 +79,9 @@ def measure(rig: Digits) -> Figures:
     for name, (settings, after) in ways().items():
         model: Any = rig.base
         for stage, domain in enumerate(STREAM):
-            end = rig.tuned(f"stream-{name}-{stage}", domain, start=model, count=400, steps=150, lr=1e-3, seed=stage, **settings)
+            end = rig.tuned(
+                f"stream-{name}-{stage}", domain, start=model, count=400, steps=150, lr=1e-3, seed=stage, **settings
+            )
             model = after(model, end, stage)
         found = rig.accuracy(model)
         made[name] = float(np.mean([found[d] for d in DOMAINS]))

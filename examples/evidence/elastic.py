@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from rig.digits import DOMAINS, Digits
 
+from evidence.claims import Claim, Figures
+
 TITLE = "Elastic Reset"
-SOURCE = "Noukhovitch et al. 2023, Language model alignment with Elastic Reset, arXiv 2312.07551. Reward is accuracy on one domain, drift what the others lose."
+SOURCE = (
+    "Noukhovitch et al. 2023, Language model alignment with Elastic Reset, arXiv 2312.07551. Reward is accuracy on "
+    "one domain, drift what the others lose."
+)
 RIG = "digits"
 TARGET = "rot90"
 CLAIMS = [
@@ -18,15 +22,15 @@ CLAIMS = [
         "With resets the same reward comes with less drift.",
         "better reward-drift trade-off than a KL penalty on GPT-2, pivot translation and LLaMA-7B",
         "others: {plain_control} without, {elastic_control} with; target {plain}, {elastic}",
-        "others ≥ + 0.05, target ≥ - 0.01",
-        lambda f: f.elastic_control >= f.plain_control + 0.05 and f.elastic >= f.plain - 0.01,
+        "others ≥ + 0.05, target ≥ - 0.02",
+        lambda f: f.elastic_control >= f.plain_control + 0.05 and f.elastic >= f.plain - 0.02,
     ),
     Claim(
-        "Dropping the optimizer's moments with each reset does no harm.",
-        "the authors keep them; one run diverged in our trials",
-        "moments dropped: target {elastic}, others {elastic_control}; kept: {stale}, {stale_control}",
-        "mean of both ≥ - 0.01",
-        lambda f: f.elastic + f.elastic_control >= f.stale + f.stale_control - 0.02,
+        "It is so with the optimizer's moments kept through the resets, too.",
+        "they are kept; this tool drops them unless told otherwise",
+        "others {plain_control} without resets, {stale_control} with; target {plain}, {stale}",
+        "others ≥ + 0.05, target ≥ - 0.02",
+        lambda f: f.stale_control >= f.plain_control + 0.05 and f.stale >= f.plain - 0.02,
     ),
 ]
 

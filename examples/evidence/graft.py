@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures, mean_curve
 from rig.digits import DOMAINS, Digits
 
 import surgery
+from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "Skill localisation by grafting"
 SOURCE = "Panigrahi et al. 2023, Task-specific skill localization in fine-tuned language models, arXiv 2302.06600."
 RIG = "digits"
 TARGET = "inv"
+FEW = ("rot90", "inv", "perm")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 CLAIMS = [
     Claim(
         "Grafts of an overconfident few-shot fine-tune are better calibrated, at no cost in accuracy.",
         "ECE falls by 40 to 90 %",
-        "5 % graft: ECE {ece_tuned} → {ece_graft}, accuracy {few_tuned} → {few_graft}",
+        "60 examples, mean of three domains: 5 % graft: ECE {ece_tuned} → {ece_graft}, accuracy {few_tuned} → {few_graft}",
         "ECE falls ≥ 40 %, accuracy ≥ fine-tune's - 0.005",
         lambda f: f.ece_graft <= 0.6 * f.ece_tuned and f.few_graft >= f.few_tuned - 0.005,
     ),
@@ -60,21 +61,14 @@ def measure(rig: Digits) -> Figures:
     def score(model: Any) -> float:
         return rig.accuracy(model, [TARGET])[TARGET]
 
-    few = rig.tuned("inv-few", TARGET, count=60, steps=400)
-    calibrated = {
-        n: rig.report(m, [TARGET], measures=["accuracy", "ece"])[TARGET]
-        for n, m in (("tuned", few), ("graft", graft(few, rig.base, 0.05)))
-    }
+    calibrated = np.mean([_few(rig, d) for d in FEW], axis=0)
     shares = {"embed*": 1.0, "head*": 1.0}
     drawn = {s: surgery.ops.reset_elements(tuned, rig.base, share={**shares, "*": 1 - s}, seed=rig.seed) for s in SHARES}
     curve = [score(graft(tuned, rig.base, s)) for s in SHARES]
     random = [score(m) for m in drawn.values()]
     base, whole = score(rig.base), score(tuned)
     return {
-        "ece_tuned": calibrated["tuned"]["ece"],
-        "ece_graft": calibrated["graft"]["ece"],
-        "few_tuned": calibrated["tuned"]["accuracy"],
-        "few_graft": calibrated["graft"]["accuracy"],
+        **dict(zip(("ece_tuned", "few_tuned", "ece_graft", "few_graft"), calibrated.tolist(), strict=True)),
         "largest": curve[SHARES.index(0.2)],
         "random": random[SHARES.index(0.2)],
         "base": base,
@@ -85,6 +79,14 @@ def measure(rig: Digits) -> Figures:
         "curve": curve,
         "random_curve": random,
     }
+
+
+def _few(rig: Digits, domain: str) -> list[float]:
+    """Calibration error and accuracy of a fine-tune on 60 examples, and of its graft of 5 %."""
+    tuned = rig.tuned(f"{domain}-few", domain, count=60, steps=400, lr=1e-3)
+    models = tuned, graft(tuned, rig.base, 0.05)
+    found = [rig.report(m, [domain], measures=["accuracy", "ece"])[domain] for m in models]
+    return [value for f in found for value in (f["ece"], f["accuracy"])]
 
 
 def draw(axes: Any, found: Sequence[Figures]) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures, mean_curve
 from rig.digits import DOMAINS, Digits
 
 import surgery
+from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "Intruder dimensions"
-SOURCE = "Shuttleworth et al. 2024, LoRA vs full fine-tuning: an illusion of equivalence, arXiv 2410.21228. LoRA with 20 times the learning rate of full fine-tuning (the paper: 15 to 30)."
+SOURCE = (
+    "Shuttleworth et al. 2024, LoRA vs full fine-tuning: an illusion of equivalence, arXiv 2410.21228. LoRA with 20 "
+    "times the learning rate of full fine-tuning (the paper: 15 to 30)."
+)
 RIG = "digits"
 TARGET = "rot90"
 RANKS = (1, 2, 4, 16, 64)

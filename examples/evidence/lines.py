@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures, mean_curve
 from rig.digits import DOMAINS, TARGETS, Digits
 from rig.network import DEPTH
 from scipy.stats import spearmanr
 
 import surgery
+from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "LiNeS"
 SOURCE = "Wang et al. 2024, LiNeS: post-training layer scaling prevents forgetting, arXiv 2410.17146."

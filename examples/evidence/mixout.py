@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from rig.digits import Digits
 
+from evidence.claims import Claim, Figures
+
 TITLE = "Mixout"
-SOURCE = "Lee et al. 2020, Mixout: effective regularization to finetune large-scale pretrained language models, arXiv 1909.11299."
+SOURCE = (
+    "Lee et al. 2020, Mixout: effective regularization to finetune large-scale pretrained language models, arXiv 1909.11299."
+)
 RIG = "digits"
 TARGET, RUNS, CHANCES = "inv", 4, (0.0, 0.5, 0.7)
 CLAIMS = [
@@ -48,7 +51,11 @@ def measure(rig: Digits) -> Figures:
             )
             scores.append(rig.accuracy(model, [TARGET])[TARGET])
             far.append(rig.distance(model, rig.base))
-        made |= {f"mean{key}": float(np.mean(scores)), f"std{key}": float(np.std(scores, ddof=1)), f"far{key}": float(np.mean(far))}
+        made |= {
+            f"mean{key}": float(np.mean(scores)),
+            f"std{key}": float(np.std(scores, ddof=1)),
+            f"far{key}": float(np.mean(far)),
+        }
         made[f"scores{key}"] = scores
     return made
 

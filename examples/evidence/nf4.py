@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from scipy.special import ndtri
 
+from evidence.claims import Claim, Figures
 from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.lossy.nf4 import LEVELS
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 
-from evidence.claims import Figures, Script, here, verdict
+from evidence.claims import Figures, Script, Verdict, here, verdict
 
-RIGS = {"digits": "digits", "characters": "characters", "": "no model"}
+RIGS = {"digits": "digits", "": "no model"}
 
 
 def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) -> str:
@@ -19,10 +19,10 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
     lines = [
         "# Evidence",
         "",
-        "Published claims about weight surgery, tried again with this tool on two small rigs. This page is printed by",
+        "Published claims about weight surgery, tried again with this tool on a small rig. This page is printed by",
         "",
         "```",
-        "python examples/evidence/run.py > docs/evidence.md      # a quarter of an hour on two cores, no network, no download",
+        "python examples/evidence/run.py > docs/evidence.md      # no network, no download",
         "```",
         "",
         "which also draws a plot for each. Nothing below is written by hand: figures are means ± standard deviations over "
@@ -32,13 +32,14 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         f"Of {len(verdicts)} claims {whole} reproduce in every seed. Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}; other versions and processors move the last digits.",
         "",
-        "* *digits*: a residual MLP of six blocks (105,162 parameters) on 8 x 8 digits in five domains: clean, rot90, rot180, inv, "
-        "perm. The base sees 150 examples of each, fine-tunes up to 1000 of one, with a frozen head; the other domains are then "
+        "* *digits*: a residual MLP of six blocks (105,162 parameters) on 8 x 8 digits in five domains: clean, "
+        "rot90, rot180, inv, "
+        "perm. The base sees 150 examples of each, fine-tunes up to 1000 of one, with a frozen head; the other "
+        "domains are then "
         "the control. 497 test examples per domain: one of them is 0.002. Weights and settings are chosen on 300 others.",
-        "* *characters*: a Llama of four blocks (about 200,000 parameters) that predicts the characters of the standard library's "
-        "source, fine-tuned on single packages; bits per byte on files it has not seen, less is better.",
         "",
-        "What holds for models this small need not hold for large ones, and what fails here may work there. A *no* says that the "
+        "What holds for models this small need not hold for large ones, and what fails here may work there. A *no* "
+        "says that the "
         "claim cannot be seen at this scale, or that it depends on what this scale has not: it is no refutation.",
         "",
     ]
@@ -48,17 +49,17 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
     return "\n".join(lines)
 
 
-def _failing(scripts: Mapping[str, Script], verdicts: Mapping[tuple[str, str], object]) -> list[str]:
+def _failing(scripts: Mapping[str, Script], verdicts: Mapping[tuple[str, str], Verdict]) -> list[str]:
     rows = [
         (shown.TITLE, claim.says, verdicts[name, claim.says])
         for name, shown in scripts.items()
         for claim in shown.CLAIMS
-        if verdicts[name, claim.says].reproduces != "yes"  # type: ignore[attr-defined]
+        if verdicts[name, claim.says].reproduces != "yes"
     ]
     if not rows:
         return []
     lines = ["## What does not reproduce here", "", "| | claim | reproduces |", "|---|---|---|"]
-    return [*lines, *(f"| {t} | {s} | {v.reproduces} |" for t, s, v in rows), ""]  # type: ignore[attr-defined]
+    return [*lines, *(f"| {t} | {s} | {v.reproduces} |" for t, s, v in rows), ""]
 
 
 def _section(name: str, shown: Script, found: Sequence[Figures]) -> list[str]:

@@ -1,6 +1,6 @@
 """Try published claims again at small scale, and print docs/evidence.md.
 
-    python examples/evidence/run.py                        # everything: about a quarter of an hour on two cores, no network
+    python examples/evidence/run.py                        # everything; no network
     python examples/evidence/run.py soups wise --seeds 5   # some of it
     python examples/evidence/run.py > docs/evidence.md
 
@@ -50,10 +50,6 @@ def rig_of(name: str, work: Path, seed: int) -> object:
         from rig.digits import Digits
 
         return Digits(work, seed)
-    if name == "characters":
-        from rig.characters import Characters
-
-        return Characters(work, seed)
     return seed
 
 
@@ -71,11 +67,12 @@ def measured(name: str, seed: int, work: Path) -> tuple[Figures, float]:
 
 def stamp(name: str) -> str:
     """Changes when anything does that figures depend on."""
+    from rig.store import digest, sources
+
     import surgery
-    from rig.store import digest
 
     rooms = [p for root in (Path(surgery.__file__).parent, HERE.parents[1] / "ops") for p in root.rglob("*.py")]
-    return digest([HERE / f"{name}.py", *(HERE.parent / "rig").glob("*.py"), *rooms])
+    return digest([HERE / f"{name}.py", *sources(load(name).RIG), *rooms])
 
 
 def main() -> None:
@@ -93,17 +90,23 @@ def main() -> None:
                 found[name][seed] = saved["figures"]
             else:
                 jobs.append((name, seed))
-    began = time.perf_counter()
+    began, failed = time.perf_counter(), list[str]()
     if jobs:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             waiting = {pool.submit(measured, name, seed, work): (name, seed) for name, seed in jobs}
             for done in as_completed(waiting):
                 name, seed = waiting[done]
+                if (problem := done.exception()) is not None:
+                    failed.append(name)
+                    print(f"{name}, seed {seed}: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+                    continue
                 figures, seconds = done.result()
                 found[name][seed] = figures
                 (kept / f"{name}-{seed}.json").write_text(json.dumps({"stamp": stamp(name), "figures": figures}))
                 print(f"{name}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(dict.fromkeys(failed))}; what was measured is kept, --resume goes on")
     scripts = {name: load(name) for name in chosen}
     listed = {name: [found[name][seed] for seed in seeds] for name in chosen}
     for name in chosen:
@@ -114,12 +117,16 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*names(), []], metavar="NAME", help=f"of {', '.join(names())}; default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default all")
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (2)")
     parser.add_argument("--work", type=Path, default=Path(".evidence"), help="folder for models, figures and plots")
     parser.add_argument("--resume", action="store_true", help="keep figures of earlier runs of the same code")
-    return parser.parse_args()
+    made = parser.parse_args()
+    for name in made.names:
+        if name not in names():
+            parser.error(f"there is no script {name!r}; there are {', '.join(names())}")
+    return made
 
 
 if __name__ == "__main__":

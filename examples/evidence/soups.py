@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from rig.digits import CORRUPTIONS, Digits
 
 import surgery
 import surgery.lab as lab
+from evidence.claims import Claim, Figures
 
 TITLE = "Model soups"
 SOURCE = "Wortsman et al. 2022, Model soups, arXiv 2203.05482; POINTS (arXiv 2409.04828) soups over subsets of the data."

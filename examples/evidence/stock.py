@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence.claims import Claim, Figures
-from evidence.soups import COUNT, ingredients
 from rig.digits import Digits
 
 import surgery
+from evidence.claims import Claim, Figures
+from evidence.soups import COUNT, ingredients
 
 TITLE = "Model Stock"
 SOURCE = "Jang et al. 2024, Model Stock: all we need is just a few fine-tuned models, arXiv 2403.19522."
@@ -53,7 +53,9 @@ def measure(rig: Digits) -> Figures:
     draw = torch.Generator().manual_seed(rig.seed)
     base, mu, a, b = (torch.randn(256, 256, generator=draw, dtype=torch.float64) for _ in range(4))
     first, second = base + mu + a, base + mu + b
-    far = [float((m - base - mu).norm() / mu.norm()) for m in (surgery.ops.stock(base, first, second), (first + second) / 2, first)]
+    far = [
+        float((m - base - mu).norm() / mu.norm()) for m in (surgery.ops.stock(base, first, second), (first + second) / 2, first)
+    ]
     models = list(ingredients(rig).values())
     centre = surgery.ops.average(*models)
     pairs = [(x, y) for x, y in pairwise(models)]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures, mean_curve
 from rig.digits import DOMAINS, TARGETS, Digits
 
 import surgery
+from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "Task arithmetic"
 SOURCE = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089."

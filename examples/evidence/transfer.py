@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures
 from rig.digits import Digits
 
 import surgery
 import surgery.lab as lab
+from evidence.claims import Claim, Figures
 
 TITLE = "Fine-tuning transfer"
 SOURCE = "Lin et al. 2025, Efficient model development through fine-tuning transfer, arXiv 2503.20110."
@@ -21,7 +21,8 @@ CLAIMS = [
     Claim(
         "Onto a continued base the delta brings most of what fine-tuning it would bring.",
         "Llama 3.1 + delta of 3.0: GSM8K 56.6 → 79.8, IFEval 36.4 → 83.3",
-        "new base {new}, with the old delta {moved}, fine-tuned itself {tuned} (means over bases trained on for 50, 150, 400 steps)",
+        "new base {new}, with the old delta {moved}, fine-tuned itself {tuned} (means over bases trained on for 50, "
+        "150, 400 steps)",
         "≥ new base + 0.03 and ≥ fine-tuned - 0.05",
         lambda f: f.moved >= f.new + 0.03 and f.moved >= f.tuned - 0.05,
     ),
@@ -74,8 +75,7 @@ def measure(rig: Digits) -> Figures:
     stranger = rig.pretrained("stranger", init=1)
     tasks = [rig.task(TARGET)]
     barriers = [
-        lab.barrier(rig.base, other, tasks, resident=rig.resident, settings=rig.settings)[TARGET]
-        for other in (v2, stranger)
+        lab.barrier(rig.base, other, tasks, resident=rig.resident, settings=rig.settings)[TARGET] for other in (v2, stranger)
     ]
     return {
         "new": new,

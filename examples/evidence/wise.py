@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from evidence.claims import Claim, Figures, mean_curve
 from rig.digits import DOMAINS, TARGETS, Digits
 
 import surgery
+from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "WiSE-FT"
 SOURCE = "Wortsman et al. 2022, Robust fine-tuning of zero-shot models, arXiv 2109.01903."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from rig.network import DEPTH, HIDDEN, WIDTH, Net, build
-from rig.store import home, once
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
@@ -29,6 +27,9 @@ from torch.utils.data import TensorDataset
 
 import surgery
 import surgery.lab as lab
+from rig import collected
+from rig.network import Net, build
+from rig.store import digest, home, once
 from surgery.tuning import Tuned, tune
 
 Array = NDArray[Any]
@@ -82,6 +83,7 @@ class Digits:
         self.resident = lab.Resident(build=build)
         self.settings = lab.Settings(resamples=2)  # the spread over seeds is what is reported
         self._kept: dict[str, surgery.Checkpoint] = {}
+        self._places: dict[str, Path] = {}
 
     # -- data ------------------------------------------------------------------------------------------------------------
 
@@ -102,12 +104,12 @@ class Digits:
         """A task for `surgery.lab` on files below the rig's folder."""
 
         def write(folder: Path) -> None:
-            for split in ("validation", "test"):
+            for split in SPLITS:
                 images, labels = self.examples(domain, split)
                 np.savez(folder / f"{split}.npz", images=images, labels=labels)
 
         place = once(self.home / "data" / domain, write)
-        said = {"kind": "images", "validation": "validation.npz", "test": "test.npz", **keys}
+        said = {"kind": "images", **{s: f"{s}.npz" for s in ("validation", "test")}, **keys}
         return lab.make_task(domain, said, folder=place)
 
     # -- models ----------------------------------------------------------------------------------------------------------
@@ -115,26 +117,27 @@ class Digits:
     def open(self, name: str) -> surgery.Checkpoint:
         """A model of the rig by its name, lazily."""
         if name not in self._kept:
-            self._kept[name] = surgery.open(self.home / name, name=name)
+            self._kept[name] = surgery.open(self.file(name), name=name)
         return self._kept[name]
 
     @property
     def base(self) -> surgery.Checkpoint:
         return self.pretrained("base")
 
-    def pretrained(self, name: str, *, init: int = 0, **settings: Any) -> surgery.Checkpoint:
-        """A network trained from scratch on 150 examples of every domain. init: another one is another initialisation."""
+    def pretrained(
+        self, name: str, *, init: int = 0, sizes: Mapping[str, int] | None = None, **settings: Any
+    ) -> surgery.Checkpoint:
+        """A network trained from scratch on 150 examples of every domain. init: another one is another initialisation.
+        sizes: width, hidden, depth, where not those of the rig."""
 
         def make(folder: Path) -> None:
             torch.manual_seed(1000 * init + self.seed)
-            net = Net()
-            images, labels = self._mixed
-            run = {"steps": 150, "lr": 1e-3, "schedule": "constant", "batch": 64, "weight_decay": 0.01, "seed": self.seed + 100 * init}
-            train(net, (images, labels), **{**run, **settings})
+            net = Net(**(sizes or {}))
+            run = {"steps": 150, "lr": 1e-3, "schedule": "constant", "batch": 64, "weight_decay": 0.01}
+            train(net, self._mixed, **{**run, "seed": self.seed + 100 * init, **settings})
             write(net, folder)
 
-        once(self.home / name, make)
-        return self.open(name)
+        return self._at(name, make, init, sizes, settings)
 
     @property
     def _mixed(self) -> Pair:
@@ -151,11 +154,21 @@ class Digits:
             train(net, self._mixed, steps=steps, lr=5e-4, schedule="constant", batch=64, weight_decay=0.01, seed=self.seed + 50)
             write(net, folder)
 
-        once(self.home / name, make)
-        return self.open(name)
+        return self._at(name, make, steps)
 
-    def tuned(self, name: str, domain: str | None = None, *, start: surgery.Checkpoint | None = None, count: int | None = None,
-              first: int = 0, seed: int = 0, loss: Any = F.cross_entropy, collate: Any = None, **settings: Any) -> surgery.Checkpoint:  # fmt: skip
+    def tuned(
+        self,
+        name: str,
+        domain: str | None = None,
+        *,
+        start: surgery.Checkpoint | None = None,
+        count: int | None = None,
+        first: int = 0,
+        seed: int = 0,
+        loss: Any = F.cross_entropy,
+        collate: Any = None,
+        **settings: Any,
+    ) -> surgery.Checkpoint:
         """A fine-tune of `start` (default the base) on a domain (default the one it is named after), head frozen.
 
         count, first: which of the 1000 training examples. settings: of `surgery.tuning.tune`, on top of `RECIPE`. A LoRA is
@@ -165,41 +178,61 @@ class Digits:
         def make(folder: Path) -> None:
             net = self.alive(start or self.base)
             data = self.examples(domain or name, count=count, start=first)
-            made = train(net, data, loss=loss, collate=collate, **{**RECIPE, "seed": 10 * self.seed + seed, **settings})
+            made = train(net, data, loss=loss, collate=collate, **whole)
             if made.model is net:
                 write(net, folder)
                 if made.masks:
                     save_file({n: m.to(torch.uint8) for n, m in made.masks.items()}, folder / "masks")
             else:
                 made.model.save_pretrained(folder / "adapter")
-                whole = surgery.ops.add(start or self.base, surgery.open(folder / "adapter"))
-                write_tensors({n: whole[n].compute() for n in whole}, folder)
+                merged = surgery.ops.add(start or self.base, surgery.open(folder / "adapter"))
+                write_tensors({n: merged[n].compute() for n in merged}, net.sizes, folder)
 
-        once(self.home / name, make)
-        return self.open(name)
+        whole = {**RECIPE, "seed": 10 * self.seed + seed, **settings}
+        return self._at(
+            name,
+            make,
+            domain or name,
+            (start or self.base).node.token,
+            count,
+            first,
+            _described(loss),
+            _described(collate),
+            whole,
+        )
 
     def adapter_of(self, name: str) -> surgery.Checkpoint:
         """The LoRA of a fine-tune made with `method: lora`."""
-        return surgery.open(self.home / name / "adapter", name=f"{name}-adapter")
+        return surgery.open(self.file(name) / "adapter", name=f"{name}-adapter")
 
     def alive(self, model: surgery.Checkpoint, *, frozen_head: bool = True) -> Net:
         """A torch module of its own with these weights."""
-        net = Net(frozen_head=frozen_head)
+        sizes = {k: v for k, v in (model.config or {}).items() if k in ("width", "hidden", "depth")}
+        net = Net(**sizes, frozen_head=frozen_head)
         net.load_state_dict({n: model[n].compute() for n in model})
         return net
 
     def file(self, name: str) -> Path:
-        return self.home / name
+        """Where a model of the rig lies."""
+        return self._places.get(name, self.home / name)
+
+    def _at(self, name: str, make: Callable[[Path], None], *said: object) -> surgery.Checkpoint:
+        """The model made by `make`, in a folder of its own for everything that is said about how."""
+        place = once(self.home / f"{name}-{digest([], *said)}", make)
+        if self._places.setdefault(name, place) != place:
+            raise ValueError(f"two different models are called {name}")
+        return self.open(name)
 
     # -- measuring -------------------------------------------------------------------------------------------------------
 
-    def report(self, model: Any, domains: Iterable[str] = DOMAINS, *, split: str = "test", measures: Sequence[str] = ("accuracy",),
-               resident: lab.Resident | None = None) -> dict[str, dict[str, float]]:  # fmt: skip
+    def report(
+        self, model: Any, domains: Iterable[str] = DOMAINS, *, split: str = "test", measures: Sequence[str] = ("accuracy",)
+    ) -> dict[str, dict[str, float]]:
         """domain -> measure -> value, by `surgery.lab`."""
         tasks = [self._task(d) for d in domains]
         from surgery.lab.evaluation import Evaluator
 
-        evaluator = Evaluator(tasks, resident=resident or self.resident, settings=self.settings)
+        evaluator = Evaluator(tasks, resident=self.resident, settings=self.settings)
         made = evaluator.report(model, split=split, only={t.name: list(measures) for t in tasks})
         return {d: {m: e.value for m, e in r.estimates.items()} for d, r in made.results.items()}
 
@@ -216,15 +249,17 @@ class Digits:
         scores = {k: self.mean(m, domains, split="validation") for k, m in candidates.items()}
         return max(scores, key=lambda k: scores[k])
 
-    def sweep(self, name: str, said: Mapping[str, Any], domains: Iterable[str]) -> Any:
-        """`surgery sweep` of a file with these keys on tasks of these domains."""
+    def sweep(
+        self, name: str, said: Mapping[str, Any], domains: Iterable[str], splits: Sequence[str] = ("validation", "test")
+    ) -> Any:
+        """`surgery sweep` of a file with these keys on tasks of these domains. splits: "train" as well to learn from it."""
         folder = self.home / "sweeps" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         tasks = {}
         for d in domains:
             place = self._task(d).folder
-            files = {s: str(place / f"{s}.npz") for s in ("validation", "test")}
+            files = {s: str(place / f"{s}.npz") for s in splits}
             tasks[d] = {"kind": "images", "measures": ["accuracy"], **files}
         (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
         (folder / "sweep.yaml").write_text(yaml.safe_dump({"tasks": "tasks.yaml", **said}))
@@ -236,9 +271,18 @@ class Digits:
         from surgery.analysis.spectra import Settings
         from surgery.checkpoint.source import open_source
 
-        sides = [open_source(str(self.home / n)) for n in (first, second)]
+        sides = [open_source(str(self.file(n))) for n in (first, second)]
         made = decompose(*sides, settings=Settings(), threads=1)
         return made.summary(made.found) or {}
+
+    def statistics(self, kind: str, name: str, domain: str, count: int = 256) -> surgery.Checkpoint:
+        """Statistics (gram, fisher) of a model of the rig over training images of a domain."""
+        model, images = self.open(name), torch.from_numpy(self.examples(domain, count=count)[0])
+
+        def make(folder: Path) -> None:
+            collected.collect(kind, self.alive(model, frozen_head=False), self.file(name), images, folder)
+
+        return self._at(f"{name}-{kind}", make, kind, model.node.token, domain, count)
 
     def distance(self, a: surgery.Checkpoint, b: surgery.Checkpoint) -> float:
         """Norm of the difference over all numbers."""
@@ -247,14 +291,21 @@ class Digits:
     def cosine(self, a: surgery.Checkpoint, b: surgery.Checkpoint) -> float:
         """Between the two models' deltas from the base."""
         pairs = [(a[n].compute() - self.base[n].compute(), b[n].compute() - self.base[n].compute()) for n in a]
-        dots = [sum(float((x.double() * y.double()).sum()) for x, y in ((p[i], p[j]) for p in pairs)) for i, j in ((0, 1), (0, 0), (1, 1))]
-        return dots[0] / float(np.sqrt(dots[1] * dots[2]))
+        sides = [torch.cat([p[i].double().reshape(-1) for p in pairs]) for i in (0, 1)]
+        return float(sides[0] @ sides[1] / (sides[0].norm() * sides[1].norm()))
 
     def _task(self, domain: str) -> lab.Task:
         kept: dict[str, lab.Task] = self.__dict__.setdefault("_tasks", {})
         if domain not in kept:
             kept[domain] = self.task(domain)
         return kept[domain]
+
+
+def _described(function: Any) -> str:
+    """A function without its address: name, and what a partial fixes."""
+    if isinstance(function, partial):
+        return f"{_described(function.func)}{function.args}{function.keywords}"
+    return "" if function is None else f"{function.__module__}.{function.__qualname__}"
 
 
 def train(net: Net, data: Pair, *, loss: Any = F.cross_entropy, **settings: Any) -> Tuned:
@@ -265,14 +316,13 @@ def train(net: Net, data: Pair, *, loss: Any = F.cross_entropy, **settings: Any)
 
 
 def write(net: Net, folder: Path) -> None:
-    write_tensors(net.state_dict(), folder)
+    write_tensors(net.state_dict(), net.sizes, folder)
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], folder: Path) -> None:
     """An ordinary checkpoint directory."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-    sizes = {"width": WIDTH, "hidden": HIDDEN, "depth": DEPTH}
     (folder / "config.json").write_text(json.dumps({"model_type": "digits-rig", **sizes}))
 
 

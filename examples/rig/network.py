@@ -30,6 +30,7 @@ class Net(nn.Module):
 
     def __init__(self, width: int = WIDTH, hidden: int = HIDDEN, depth: int = DEPTH, *, frozen_head: bool = False) -> None:
         super().__init__()
+        self.sizes = {"width": width, "hidden": hidden, "depth": depth}
         self.embed, self.norm, self.head = nn.Linear(64, width), nn.LayerNorm(width), nn.Linear(width, CLASSES)
         self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(depth))
         if frozen_head:
@@ -48,5 +49,4 @@ class Net(nn.Module):
 
 def build(config: Any) -> Net:
     """For `surgery eval … --module network.py:build`. config: the checkpoint's config.json: width, hidden and depth."""
-    sizes = {k: (config or {})[k] for k in ("width", "hidden", "depth") if k in (config or {})}
-    return Net(**sizes)
+    return Net(**{k: v for k, v in (config or {}).items() if k in ("width", "hidden", "depth")})

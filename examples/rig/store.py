@@ -25,10 +25,18 @@ def digest(files: Iterable[Path], *more: object) -> str:
     return made.hexdigest()
 
 
+PARTS = {"digits": ("store.py", "digits.py", "network.py", "collected.py"), "": ()}
+
+
+def sources(rig: str) -> list[Path]:
+    """The files that a rig is made of."""
+    return [HERE / part for part in PARTS[rig]]
+
+
 def home(folder: Path, name: str, seed: int) -> Path:
     """The rig's folder for one seed. It is another one when the rig, torch, or surgery's fine-tuning has changed."""
     tuning = (Path(surgery.__file__).parent / "tuning").glob("*.py")
-    return folder / f"{name}-{digest([*HERE.glob('*.py'), *tuning], torch.__version__)}" / f"seed-{seed}"
+    return folder / f"{name}-{digest([*sources(name), *tuning], torch.__version__)}" / f"seed-{seed}"
 
 
 def once(target: Path, make: Callable[[Path], None]) -> Path:
