@@ -12,7 +12,7 @@ import surgery.lab as lab
 from evidence.claims import Claim, Figures, mean_curve
 
 TITLE = "Tuning contribution (TuCo)"
-SOURCE = "Nuñez et al. 2025, Measuring the contribution of fine-tuning to individual responses of LLMs, arXiv 2506.23423."
+SOURCE = "Nuñez et al. 2025, Measuring the contribution of fine-tuning to individual responses of LLMs."
 RIG = "digits"
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CLAIMS = [

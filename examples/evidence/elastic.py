@@ -20,7 +20,7 @@ TARGET = "rot90"
 CLAIMS = [
     Claim(
         "With resets the same reward comes with less drift.",
-        "better reward-drift trade-off than a KL penalty on GPT-2, pivot translation and LLaMA-7B",
+        "better reward-drift trade-off than a KL penalty alone",
         "others: {plain_control} without, {elastic_control} with; target {plain}, {elastic}",
         "others ≥ + 0.05, target ≥ - 0.02",
         lambda f: f.elastic_control >= f.plain_control + 0.05 and f.elastic >= f.plain - 0.02,

@@ -31,7 +31,7 @@ CLAIMS = [
     ),
     Claim(
         "Fusion with a weight chosen per example does so without a weight to tune.",
-        "84.5 % of full fine-tuning's gain, Llama-2 7B → 13B",
+        "most of full fine-tuning's gain, Llama-2 7B → 13B",
         "{dynamic}",
         "≥ 70 % of the gap",
         lambda f: f.dynamic - f.base >= 0.70 * (f.tuned - f.base),

@@ -29,7 +29,7 @@ CLAIMS = [
     ),
     Claim(
         "Scaling them down gives other abilities back at little cost to the task.",
-        "with λ = 0.75: forgetting falls markedly, task accuracy by 0.1 %",
+        "less forgetting at little cost to the task",
         "rank 1, scale 0.75: target {target} → {target75}, others {control} → {control75}; scale 0.5: {target50}, {control50}",
         "0.75: others ≥ + 0.03, target ≥ - 0.02",
         lambda f: f.control75 >= f.control + 0.03 and f.target75 >= f.target - 0.02,

@@ -19,7 +19,7 @@ TARGET, RUNS, CHANCES = "inv", 4, (0.0, 0.5, 0.7)
 CLAIMS = [
     Claim(
         "Fine-tunes on few examples get better on average.",
-        "BERT-large on RTE, MRPC, CoLA, STS-B: + 1 to 4 points",
+        "higher mean scores of BERT-large on RTE, MRPC, CoLA, STS-B",
         "60 examples, mean of four runs: plain {mean0}, p = 0.5 {mean5}, p = 0.7 {mean7}",
         "best p ≥ plain + 0.01",
         lambda f: max(f.mean5, f.mean7) >= f.mean0 + 0.01,

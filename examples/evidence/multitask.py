@@ -68,7 +68,7 @@ CLAIMS = [
     ),
     Claim(
         "One shared vector and a mask per task (EMR, TALL) give each task its fine-tune back.",
-        "99 % and 97 to 99 % of the single models",
+        "close to the single models; TALL 99 %",
         "EMR {emr}, TALL {tall} of {single}",
         "both ≥ 0.97 of it",
         lambda f: min(f.emr, f.tall) >= 0.97 * f.single,

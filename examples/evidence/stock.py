@@ -34,7 +34,7 @@ CLAIMS = [
     ),
     Claim(
         "It is at least as accurate as the average of the two.",
-        "81.2 % from two models; soups need dozens",
+        "two models do what a soup of many does",
         "stock {stock}, average {mean}; average of eight {eight}",
         "≥ average - 0.005",
         lambda f: f.stock >= f.mean - 0.005,

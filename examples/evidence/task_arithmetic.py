@@ -25,7 +25,7 @@ CLAIMS = [
     ),
     Claim(
         "The weighted sum of four deltas is better than the base at all four tasks together.",
-        "8 CLIP deltas keep 91 % of the single models' accuracy",
+        "8 CLIP deltas keep most of the single models' accuracy",
         "{best} at the best weight ({weight:2}), base {base}, single models {single}",
         "≥ base + 0.02",
         lambda f: f.best >= f.base + 0.02,
