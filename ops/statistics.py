@@ -8,7 +8,7 @@ may ask for another pass. Pieces are numpy arrays of float32 or float64; sums ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,19 +47,45 @@ class Statistic(Protocol):
         """What the operator is given for tensor number `part`."""
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A statistic that can also look at bfloat16 inputs where they are stored, by compiled kernels, to the same bits.
+
+    takes_stored: whether it can, with these parameters. pairs: addresses (k, 2), uint64; input i is the tensor at pairs[i, 0],
+    or its difference to the one at pairs[i, 1] where that is not 0; `count` elements each.
+    """
+
+    takes_stored: bool
+
+    def observe_stored(self, pairs: Array, count: int, at: At) -> Any: ...
+
+
+def _finite(sums: Array) -> Array:
+    if not np.isfinite(sums).all():
+        raise FloatingPointError("a sum is not finite")
+    return sums
+
+
 class Sums:
-    """One pass: `measure(inputs)` gives a float64 vector per piece; `finish` turns the total into the result."""
+    """One pass: `measure(inputs)` gives a float64 vector per piece; `finish` turns the total into the result.
+
+    stored(pairs, count): the same from bfloat16 tensors where they are stored, see `Stored`.
+    """
 
     sampled = False
 
-    def __init__(self, measure: Callable[..., Array], finish: Callable[[Array], Any]) -> None:
+    def __init__(
+        self, measure: Callable[..., Array], finish: Callable[[Array], Any], stored: Callable[[Array, int], Array] | None = None
+    ) -> None:
         self._measure, self._finish, self._result = measure, finish, None
+        self.takes_stored, self._stored = stored is not None, stored
 
     def observe(self, inputs: Sequence[Array], at: At) -> Array:
-        made = self._measure(inputs)
-        if not np.isfinite(made).all():
-            raise FloatingPointError("a sum is not finite")
-        return made
+        return _finite(self._measure(inputs))
+
+    def observe_stored(self, pairs: Array, count: int, at: At) -> Array:
+        assert self._stored is not None
+        return _finite(self._stored(pairs, count))
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         self._result = self._finish(np.sum([value for _, value in seen], axis=0))
@@ -140,6 +166,21 @@ def gram(vectors: Sequence[Array]) -> Array:
         for j in range(i, k):
             made[i, j] = made[j, i] = _total(vectors[i], vectors[j], blocks[i, j], whole)
     return made
+
+
+def gram_stored(pairs: Array, count: int) -> Array:
+    """As `gram`, of bfloat16 tensors or their differences where they are stored (see `Stored`); needs the compiled kernels."""
+    from surgery.ops.sum_kernels import difference_bf16, gram_blocks_bf16
+
+    blocks = gram_blocks_bf16(pairs, count)
+    if (~(np.abs(blocks) < 1e30) | (np.abs(blocks) < 1e-30)).any():  # rare: zeros, or out of float32's range
+        start = 0
+    else:
+        start = count - count % _BLOCK
+    vectors = [np.empty(count - start, np.float32) for _ in pairs]
+    for pair, vector in zip(pairs, vectors, strict=True):
+        difference_bf16(pair, count, start, vector)
+    return gram(vectors) + blocks.sum(axis=2) if start else gram(vectors)
 
 
 def _total(a: Array, b: Array, blocks: Array, whole: int) -> float:

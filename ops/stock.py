@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 
 from surgery.ops.declare import boolean, choice, linear, takes
-from surgery.ops.statistics import Array, RowGram, Sums, gram
+from surgery.ops.statistics import Array, RowGram, Sums, gram, gram_stored
 
 
 def _statistic(count: int, sizes: Sequence[int], *, granularity: str, **_: Any) -> Any:
-    return RowGram(_deltas) if granularity == "row" else Sums(_delta_gram, lambda total: total)
+    if granularity == "row":
+        return RowGram(_deltas)
+    return Sums(_delta_gram, lambda total: total, stored=_stored_delta_gram)
+
+
+def _stored_delta_gram(pairs: Array, count: int) -> Array:
+    """pairs: base and fine-tunes, each a stored tensor."""
+    return gram_stored(np.stack([pairs[1:, 0], np.full(len(pairs) - 1, pairs[0, 0])], axis=1), count)
 
 
 def _delta_gram(inputs: Sequence[Array]) -> Array:
@@ -49,10 +56,15 @@ def stock(count: int, *, granularity: str, clamp: bool, measured: Array) -> list
         N + 1 tensors of one shape -> the same shape. granularity: row has one t per row (the last axis; per output filter for
         convolutions; a vector is one row).
     Evidence:
-        Two fine-tunes combined this way come close to the soup of many (Jang et al. 2024).
+        For: two fine-tunes combined this way come close to the soup of many (Jang et al. 2024). Against: shown for runs of
+        one task on CLIP; for fine-tunes on different tasks, nearly orthogonal, it pulls strongly back to the base, and on
+        large language models in the wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
         With cosines above 0.9 it equals the average. The published method also merges during training; this is the post-hoc
         one. Public implementations differ for N > 2: this one averages cosines.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
     Example:
         merged: {op: stock, of: [base, run_1, run_2]}
     References:

@@ -53,8 +53,8 @@ def typed(raw: Array, dtype: DType) -> Array:
 
 def decode(raw: Array, dtype: DType, out: Array) -> None:
     """Stored bytes into `out` (float32 or float64)."""
-    if dtype.name == "BF16" and out.dtype == np.float32 and raw.flags.writeable and (compiled := kernels()) is not None:
-        compiled.decode_bf16(raw.view(np.uint16), out)
+    if dtype.name == "BF16" and out.dtype == np.float32 and (compiled := kernels()) is not None:
+        compiled.decode_bf16_at(raw.ctypes.data, out)
         return
     out[...] = typed(raw, dtype)
 

@@ -6,19 +6,21 @@ fresh pages are what makes streaming fast. Values that it returns are valid unti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.dtypes import BF16, DType
+from surgery.checkpoint.dtypes import BF16, F32, DType
 from surgery.checkpoint.stored import Stored
 from surgery.engine import convert
+from surgery.engine.blocks import Blocks, Workspace
 from surgery.engine.convert import Array
 from surgery.engine.digest import piece_digests
 from surgery.engine.pieces import PIECE
 from surgery.engine.profile import Profile
-from surgery.engine.reader import Reader
+from surgery.engine.reader import Reader, View
+from surgery.engine.terms import combination, ordered, stored_terms
 from surgery.engine.torch_threads import worker_torch
 from surgery.errors import Failed
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Literal, Mapped, Padded, Read, Rounded, Weighted
@@ -26,7 +28,8 @@ from surgery.ops.eager import row_length
 from surgery.ops.fast import addresses, kernels
 from surgery.ops.statistics import At
 
-_FUSED = 1 << 16  # elements summed at a time by the fused kernel: its inputs and output stay in the second-level cache
+_FUSED = 1 << 16  # elements that are read at a time for a compiled kernel: they stay in the second-level cache
+_VIEWED = 1 << 16  # bytes from which on it pays to look at stored bytes where they lie
 
 
 class Disagreement(Exception):
@@ -48,15 +51,18 @@ class Evaluator:
         self._used = 0
         self._raw = np.empty(PIECE * 8, np.uint8)
         self.scratch = np.empty(PIECE * 8, np.uint8)
+        self._blocks: Workspace | None = None
         self._small = False  # few elements from elsewhere are wanted: not worth a buffer of the arena
         self.sound: bool | None = None  # whether the last output is all finite; None: not known
         self._work: Any = np.float32
         self._start = self._stop = 0
         self._memo: dict[int, Array] = {}
         self._shared: frozenset[int] = frozenset()
+        self._views: list[View] = []
 
     def begin(self, start: int, stop: int, *, wide: bool, shared: frozenset[int] = frozenset()) -> None:
         """Turn to another piece; everything returned before is void. shared: ids of expressions that are used repeatedly."""
+        self._drop_views()
         self._start, self._stop, self._used = start, stop, 0
         self._work = np.float64 if wide else np.float32
         self._memo.clear()
@@ -88,13 +94,16 @@ class Evaluator:
             self._fetch(expr, out.view(np.uint8))
         else:
             convert.decode(self.raw(expr), expr.dtype, out)
+            self._drop_views()
 
     def _weighted(self, expr: Weighted) -> Array:
         return self._sum(expr.coefs, expr.args, expr.shape)
 
     def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """Plain multiplications and additions in a fixed order: the same bits on every machine."""
-        anchored, coefs, args = _ordered(coefs, args)
+        for arg in args:
+            self._look(arg)
+        anchored, coefs, args = ordered(coefs, args)
         if anchored:
             return self._anchored(coefs, args, shape)
         total: Array | None = None  # may be a borrowed value until something is added to it
@@ -129,6 +138,13 @@ class Evaluator:
             total = self._buffer()
             total[...] = 0
         return total
+
+    def _look(self, arg: Expr) -> None:
+        """Compute with float32 where it lies, without a copy, if that is possible."""
+        if type(arg) is Read and arg.dtype is F32 and self._work is np.float32 and id(arg) not in self._memo:
+            view = self._view(arg) if self._stop - self._start >= _VIEWED // 4 else None
+            if view is not None and view.ctypes.data % 4 == 0:
+                self._memo[id(arg)] = view.view(np.float32)
 
     def _anchored(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
         """A sum of half-precision tensors whose coefficients sum to one, as a_0 + sum_i c_i (a_i - a_0).
@@ -213,7 +229,7 @@ class Evaluator:
             measured["measured"] = expr.measure.statistic.result(expr.part)
         op = expr.op
         if op.linear:
-            return self._sum(*_combination(expr), expr.shape)
+            return self._sum(*combination(expr), expr.shape)
         if "at" in op.needs:
             measured["at"] = self.at(expr)
         if op.arrays is not None:
@@ -230,18 +246,41 @@ class Evaluator:
         result: Array = made.detach().reshape(-1).cpu().numpy()
         return result.astype(self._work, copy=False)
 
-    def at(self, expr: Applied) -> At:
-        """Where the current piece lies, as operators and statistics are told."""
-        return At(expr.part, self._start, row_length(expr.shape), expr.key)
+    def at(self, expr: Applied, start: int | None = None) -> At:
+        """Where the current piece (or the one that begins at `start`) lies, as operators and statistics are told."""
+        return At(expr.part, self._start if start is None else start, row_length(expr.shape), expr.key)
+
+    # -- blocks: see surgery.engine.blocks -------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> Profile | None:
+        return self._profile
+
+    def workspace(self) -> Workspace:
+        self._blocks = self._blocks or Workspace()
+        return self._blocks
+
+    def whole(self, reads: Sequence[Read]) -> bool:
+        return any(id(r.source) in self._watched for r in reads)
+
+    def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
+        kept = self._start, self._stop
+        self._start, self._stop = start, stop
+        self._fetch(read, out)
+        self._start, self._stop = kept
+
+    def in_blocks(self, blocks: Blocks) -> Array | None:
+        """The piece of a program as bfloat16 bytes, as `output` makes it; None if it cannot be computed so."""
+        out = self._space(2)
+        self.sound = blocks.output(self, self._start, self._stop, out)
+        return out if self.sound is not None else None
 
     # -- stored bytes ----------------------------------------------------------------------------------------------------
 
     def raw(self, expr: Expr) -> Array:
-        """The piece as stored bytes of `expr.dtype` (uint8); valid until the next call."""
+        """The piece as stored bytes of `expr.dtype` (uint8); valid until the next call. Do not write into it."""
         if isinstance(expr, Read):
-            out = self._space(expr.dtype.size)
-            self._fetch(expr, out)
-            return out
+            return self._stored(expr, self._space)
         if isinstance(expr, Literal):
             torch = worker_torch()
             flat: Array = expr.tensor.reshape(-1)[self._start : self._stop].view(torch.uint8).numpy()
@@ -277,14 +316,44 @@ class Evaluator:
         result: Array = made.reshape(-1).view(torch.uint8).numpy()
         return result
 
+    def _stored(self, expr: Read, space: Callable[[int], Array]) -> Array:
+        """The piece as it is stored: where it lies in memory if that is possible, else read into `space(bytes an element)`."""
+        size = (self._stop - self._start) * expr.dtype.size
+        view = self._view(expr) if size >= _VIEWED else None
+        if view is None:
+            view = space(expr.dtype.size)
+            self._fetch(expr, view)
+        return view
+
+    def _view(self, expr: Read) -> Array | None:
+        start, stop = self._start, self._stop
+        if self._profile is None:
+            view = self._reader.view(expr.stored, start, stop)
+        else:
+            with self._profile.step("read", (stop - start) * expr.dtype.size):
+                view = self._reader.view(expr.stored, start, stop)
+        if view is None:
+            return None
+        self._views.append(view)
+        self._watch(expr, view.raw)
+        return view.raw
+
+    def _drop_views(self) -> None:
+        for view in self._views:
+            view.drop()
+        self._views.clear()
+
     def _fetch(self, expr: Read, out: Array) -> None:
         if self._profile is None:
             self._reader.read(expr.stored, self._start, self._stop, out)
         else:
             with self._profile.step("read", out.size):
                 self._reader.read(expr.stored, self._start, self._stop, out)
+        self._watch(expr, out)
+
+    def _watch(self, expr: Read, raw: Array) -> None:
         if id(expr.source) in self._watched:
-            parts = piece_digests(out, self._start, self._stop, expr.shape, expr.dtype.size)
+            parts = piece_digests(raw, self._start, self._stop, expr.shape, expr.dtype.size)
             self.seen.extend((expr.stored, digest) for digest in parts)
 
     def output(self, expr: Expr, dtype: DType) -> Array:
@@ -309,33 +378,65 @@ class Evaluator:
             return None
         if not 1 <= len(expr.args) <= 64 or any(not isinstance(a, Read) or a.dtype is not BF16 for a in expr.args):
             return None
-        coefs, args = _combination(expr)
+        coefs, args = combination(expr)
         if not args or any(not isinstance(c, float) for c in coefs):
             return None
         if self._profile is None:
-            return self._sum_fused(coefs, args)
+            return self._sum_fused(coefs, args)  # type: ignore[arg-type]
         with self._profile.node(expr.origin):
-            return self._sum_fused(coefs, args)
+            return self._sum_fused(coefs, args)  # type: ignore[arg-type]
 
-    def _sum_fused(self, coefs: Sequence[float], args: Sequence[Expr]) -> Array:
-        anchored, coefs, args = _ordered(coefs, args)
+    def _sum_fused(self, coefs: Sequence[float], args: Sequence[Read]) -> Array:
+        from surgery.ops.sum_kernels import weighted_bf16
+
+        anchored, coefs, terms = ordered(coefs, args)
         out, factors = self._space(2), np.array(coefs, np.float32)
-        watched = any(id(a.source) in self._watched for a in args if isinstance(a, Read))
-        step = self._stop - self._start if watched else _FUSED
-        buffers = [self._bytes(min(step, self._stop - self._start) * 2) for _ in args]
-        places = addresses(buffers)
-        self.sound = True
-        start, stop = self._start, self._stop
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            self._start, self._stop = a, b
-            for arg, buffer in zip(args, buffers, strict=True):
-                self._fetch(arg, buffer[: (b - a) * 2])  # type: ignore[arg-type]
-            piece = out[(a - start) * 2 : (b - start) * 2].view(np.uint16)
-            sound = kernels().weighted_bf16(places, b - a, factors, anchored, piece)
+        made, self.sound = out.view(np.uint16), True
+        for part, places in self._narrow(terms):  # type: ignore[arg-type]
+            sound = weighted_bf16(addresses(places), part.stop - part.start, factors, anchored, made[part])
             self.sound = self.sound and sound
-        self._start, self._stop = start, stop
         return out
+
+    def _narrow(self, args: Sequence[Read]) -> Iterator[tuple[slice, list[Array]]]:
+        """Stored bytes of the piece for compiled kernels: as a whole where it lies in memory, else read a little at a time."""
+        start, stop = self._start, self._stop
+        views = [self._view(a) for a in args]
+        missing = [a for a, view in zip(args, views, strict=True) if view is None]
+        if not missing:
+            yield slice(0, stop - start), views  # type: ignore[misc]
+            return
+        step = stop - start if any(id(a.source) in self._watched for a in missing) else _FUSED
+        buffers = {id(a): self._bytes(min(step, stop - start) * 2) for a in missing}
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            self._start, self._stop = at, end
+            places = []
+            for arg, view in zip(args, views, strict=True):
+                if view is None:
+                    part = buffers[id(arg)][: (end - at) * 2]
+                    self._fetch(arg, part)
+                else:
+                    part = view[(at - start) * 2 : (end - start) * 2]
+                places.append(part)
+            yield slice(at - start, end - start), places
+        self._start, self._stop = start, stop
+
+    def pairs(self, args: Sequence[Expr]) -> Array | None:
+        """Inputs of a statistic where they are stored, see `surgery.ops.statistics.Stored`; None if one of them is anything but
+        a bfloat16 tensor or the difference of two."""
+        if kernels() is None or self._work is not np.float32:
+            return None
+        read = [stored_terms(a) for a in args]
+        if not all(read):
+            return None
+        made = np.zeros((len(args), 2), np.uint64)
+        for pair, terms in zip(made, read, strict=True):
+            for i, term in enumerate(terms):
+                pair[i] = self._stored(term, self._narrow_buffer).ctypes.data
+        return made
+
+    def _narrow_buffer(self, size: int) -> Array:
+        return self._bytes((self._stop - self._start) * size)
 
     # -- buffers ---------------------------------------------------------------------------------------------------------
 
@@ -374,27 +475,6 @@ class _Fetch:
     def raw(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
         e = self._evaluator
         return e.elsewhere(start, arg.numel if stop is None else stop, e.raw, arg)
-
-
-def _combination(expr: Applied | Weighted) -> tuple[Sequence[Any], Sequence[Expr]]:
-    """Coefficients (numbers, or one per row) and arguments of a sum, without terms of no weight."""
-    if isinstance(expr, Weighted):
-        return expr.coefs, expr.args
-    measured = {} if expr.measure is None else {"measured": expr.measure.statistic.result(expr.part)}
-    coefs = expr.op.function(len(expr.args), **expr.params, **expr.extra, **measured)
-    kept = [(c if isinstance(c, np.ndarray) and c.ndim else float(c), a) for c, a in zip(coefs, expr.args, strict=True)]
-    kept = [(c, a) for c, a in kept if not (isinstance(c, float) and c == 0.0)]
-    return [c for c, _ in kept], [a for _, a in kept]
-
-
-def _ordered(coefs: Sequence[Any], args: Sequence[Expr]) -> tuple[bool, Sequence[Any], Sequence[Expr]]:
-    """In which order a sum is added up, and whether relative to its first term: see `Evaluator._sum`."""
-    narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
-    if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):
-        return True, coefs, args
-    if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
-        return False, [*coefs[1:], coefs[0]], [*args[1:], args[0]]
-    return False, coefs, args
 
 
 _COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {

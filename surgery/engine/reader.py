@@ -6,6 +6,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from surgery.checkpoint.layout import parse_size
 from surgery.checkpoint.source import FileState, RemoteState
 from surgery.checkpoint.stored import Stored
 from surgery.engine.convert import Array
+from surgery.engine.mapping import MappedFile, Unmappable
 from surgery.errors import Failed
 from surgery.remote.ahead import ROOM, Ahead
 from surgery.remote.file import in_parallel
@@ -37,6 +40,11 @@ class _Handle:
         except OSError as problem:
             raise Failed(f"{path}: cannot be read: {problem.strerror}") from None
         self.check()
+        self.mapping: MappedFile | None
+        try:
+            self.mapping = MappedFile(self.fd, expected.size)
+        except Unmappable:
+            self.mapping = None
 
     def check(self) -> None:
         """Raises Failed if the file is not what it was when its header was read."""
@@ -53,6 +61,13 @@ class _Handle:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
         if hasattr(self, "fd"):
             close(self.fd)
+
+
+class View(NamedTuple):
+    """Stored bytes (uint8) that nobody may write into; `drop()` when done with them."""
+
+    raw: Array
+    drop: Callable[[], None]
 
 
 class Reader:
@@ -73,6 +88,17 @@ class Reader:
             out[...] = self._contiguous(stored)[start * size : stop * size]
             return
         self._bytes(stored, stored.offset + start * size, out)
+
+    def view(self, stored: Stored, start: int, stop: int) -> View | None:
+        """Elements `start` to `stop` where they lie in memory; None: `read` them."""
+        if stored.strides is not None or start == stop or isinstance(self._files[stored.path], RemoteState):
+            return None
+        mapping, size = self._handle(stored.path).mapping, stored.dtype.size
+        if mapping is None:
+            return None
+        offset, length = stored.offset + start * size, (stop - start) * size
+        raw = mapping.view(offset, length)
+        return None if raw is None else View(raw, partial(mapping.drop, offset, length))
 
     def _bytes(self, stored: Stored, offset: int, out: Array) -> None:
         state = self._files[stored.path]

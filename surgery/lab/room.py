@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.dtypes import F32
 from surgery.checkpoint.source import FileState
 from surgery.checkpoint.stored import Stored
 from surgery.engine.convert import Array
 from surgery.engine.evaluate import Evaluator
-from surgery.engine.reader import Reader
-from surgery.graph.expr import Expr, Read
+from surgery.engine.reader import Reader, View
+from surgery.graph.expr import Expr
 
 
 def default_room() -> int:
@@ -88,6 +87,12 @@ class RoomReader(Reader):
         else:
             out[...] = whole[start * size : stop * size]
 
+    def view(self, stored: Stored, start: int, stop: int) -> View | None:
+        whole, size = self.whole(stored), stored.dtype.size
+        if whole is None:
+            return super().view(stored, start, stop)
+        return View(whole[start * size : stop * size], lambda: None)
+
     def whole(self, stored: Stored) -> Array | None:
         """All stored bytes of a tensor, if there is room for them. Do not write into them."""
         if stored.strides is not None:
@@ -117,11 +122,3 @@ class RoomEvaluator(Evaluator):
         if known is None or known.dtype != self._work:
             return super().values(expr)
         return known[self._start : self._stop]
-
-    def _sum(self, coefs: Sequence[Any], args: Sequence[Expr], shape: tuple[int, ...]) -> Array:
-        for arg in args:
-            if type(arg) is Read and arg.dtype is F32 and self._work is np.float32 and id(arg) not in self._memo:
-                whole = self._room_reader.whole(arg.stored)
-                if whole is not None:  # computed with where it lies, without a copy
-                    self._memo[id(arg)] = whole.view(np.float32)[self._start : self._stop]
-        return super()._sum(coefs, args, shape)

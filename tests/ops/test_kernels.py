@@ -22,15 +22,10 @@ def plain(monkeypatch):
 
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            for module in (convert, random, select, statistics, __import__("surgery.ops.ties", fromlist=["x"]), _sparsify()):
-                patch.setattr(module, "kernels", lambda: None)
+            patch.setattr(fast, "_loaded", None)
             return function(*args, **kwargs)
 
     return call
-
-
-def _sparsify():
-    return __import__("surgery.ops.sparsify", fromlist=["x"])
 
 
 def floats(n: int, spread: float = 1.0) -> np.ndarray:
@@ -81,7 +76,17 @@ def test_masks(plain, start, count):
     for density in (0.1, 0.5, 0.999):
         got = random.bernoulli(density, 3, "key", start, count)
         assert np.array_equal(got, plain(random.bernoulli, density, 3, "key", start, count))
+        got = random.keep(density, 3, "key", start, count)
+        assert np.array_equal(got, plain(random.keep, density, 3, "key", start, count))
     assert np.array_equal(random.bits32(3, "key", start, count), plain(random.bits32, 3, "key", start, count))
+
+
+def test_masks_where_only_the_lower_bits_decide(plain):
+    """Probabilities next to each other: the lower 24 bits tell them apart."""
+    n = 1 << 18
+    numbers = plain(random.draws, 3, "key", 5, n)
+    for limit in (0, 1, int(np.sort(numbers)[1000]), int(np.sort(numbers)[1000]) + 1, 1 << 24, (200 << 24) + 1, 2**32 - 1):
+        assert np.array_equal(random.keep(limit / 2**32, 3, "key", 5, n), numbers < limit)
 
 
 @pytest.mark.parametrize("like", ["paper", "mergekit", "peft"])
@@ -115,14 +120,15 @@ def test_dare_on_arrays_is_dare_on_tensors(plain, rescale):
 
 @pytest.mark.parametrize("low,high", [(0.5, 0.6), (0.1, np.inf), (2.0, np.nextafter(np.float32(2.0), np.float32(3)))])
 def test_brackets(low, high):
-    x = np.round(floats(10_000), 1)
+    x = np.round(floats(10_007), 1)
     out = np.empty(len(x), np.float32)
-    above, inside, finite = compiled.bracket(x, np.float32(low), np.float32(high), True, out)
+    bracket = fast.kernels("select_kernels").bracket
+    above, inside, finite = bracket(x, np.float32(low), np.float32(high), True, out)
     m = np.abs(x)
     assert (above, inside, finite) == ((m >= np.float32(high)).sum(), ((m >= np.float32(low)) & (m < np.float32(high))).sum(), True)
     assert np.array_equal(out[:inside], m[(m >= np.float32(low)) & (m < np.float32(high))])
     x[777] = np.nan
-    assert compiled.bracket(x, np.float32(low), np.float32(high), True, out)[2] is False
+    assert bracket(x, np.float32(low), np.float32(high), True, out)[2] is False
 
 
 @pytest.mark.parametrize("coefs", [[0.25, 0.25, 0.5], [1.0, 0.4, -0.3], [0.7], [1.0, -1.0], [0.3, 0.3]])
@@ -131,7 +137,6 @@ def test_fused_sums(tmp_path, monkeypatch, coefs):
     from safetensors.torch import save_file
 
     import surgery
-    from surgery.engine import evaluate
 
     paths = []
     for i in range(len(coefs)):
@@ -146,8 +151,7 @@ def test_fused_sums(tmp_path, monkeypatch, coefs):
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     got = merged("fast")
-    for module in (evaluate, convert):
-        monkeypatch.setattr(module, "kernels", lambda: None)
+    monkeypatch.setattr(fast, "_loaded", None)
     assert got == merged("plain")
 
 
@@ -155,3 +159,47 @@ def test_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(fast, "_loaded", None)
     monkeypatch.setenv("SURGERY_KERNELS", "0")
     assert fast.load() is None and fast.kernels() is None
+
+
+@pytest.mark.parametrize("count", [1, 100, 4096, 4097, 30_000])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_weighted_sums_where_they_are_stored(count, inputs, anchored):
+    from surgery.ops.sum_kernels import weighted_bf16
+
+    if anchored and inputs == 1:
+        return
+    stored = [floats(count, 2.0).astype(ml_dtypes.bfloat16) for _ in range(inputs)]
+    coefs = RNG.standard_normal(inputs).astype(np.float32)
+    x = [s.astype(np.float32) for s in stored]
+    if anchored:
+        total = (x[1] - x[0]) * coefs[1]
+        for value, coef in zip(x[2:], coefs[2:], strict=True):
+            total = total + (value - x[0]) * coef
+        total = total + x[0]
+    else:
+        total = x[0] * coefs[0]
+        for value, coef in zip(x[1:], coefs[1:], strict=True):
+            total = total + value * coef
+    out = np.empty(count, np.uint16)
+    places = fast.addresses([s.view(np.uint16) for s in stored])
+    assert weighted_bf16(places, count, coefs, anchored, out)
+    assert np.array_equal(out, total.astype(ml_dtypes.bfloat16).view(np.uint16))
+    stored[-1][count // 2] = np.nan if anchored else np.inf
+    assert not weighted_bf16(places, count, np.abs(coefs) + 1, anchored, out)
+    assert not np.isfinite(out.view(ml_dtypes.bfloat16)[count // 2].astype(np.float32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4095, 4096, 12_288, 20_001])
+def test_inner_products_where_they_are_stored(count):
+    stored = [floats(count, s).astype(ml_dtypes.bfloat16) for s in (0.1, 1.0, 3.0, 0.5)]
+    base = stored[0].astype(np.float32)
+    vectors = [stored[1].astype(np.float32) - base, stored[2].astype(np.float32), stored[3].astype(np.float32) - base]
+    places = fast.addresses([s.view(np.uint16) for s in stored])
+    pairs = np.array([[places[1], places[0]], [places[2], 0], [places[3], places[0]]], np.uint64)
+    assert np.array_equal(statistics.gram_stored(pairs, count), statistics.gram(vectors))
+    if count > 4096:  # a block of zeros, and one out of float32's range
+        stored[2][:4096] = 0
+        stored[3][:4096] = 1e30
+        vectors = [vectors[0], stored[2].astype(np.float32), stored[3].astype(np.float32) - base]
+        assert np.array_equal(statistics.gram_stored(pairs, count), statistics.gram(vectors))
