@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,9 +195,9 @@ class Package:
         self._kept: dict[str, Mapping[str, Any]] = {}
         self._lock = threading.Lock()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            close(self._fd)
 
     @property
     def mode(self) -> str:
