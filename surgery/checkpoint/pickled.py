@@ -67,7 +67,7 @@ def check_archive(path: str) -> int:
                     raise Refused(f"{path}: its pickle has {record.file_size} bytes; at most {_MAX_PICKLE} are read")
     except OSError as problem:
         raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as problem:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as problem:
         raise Refused(f"{path}: a damaged zip archive ({problem})", hint="fetch it again") from None
     return size
 

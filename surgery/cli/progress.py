@@ -32,7 +32,7 @@ def carry_out(plan: Any, out: str, *, profile: bool, quiet: bool, **options: Any
 
 
 @contextmanager
-def bar(total: int, *, show: bool) -> Iterator[Any]:
+def bar(total: int | None, *, show: bool) -> Iterator[Any]:
     if not show:
         yield None
         return

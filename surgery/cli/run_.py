@@ -19,6 +19,7 @@ from surgery.errors import Refused
 @click.option("--verify", is_flag=True, help="First hash the inputs, where digests of them are known.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who computes; default this process.")
 @click.option("--address", metavar="HOST:PORT", help="Head of the Ray cluster; `local`: one of this machine alone.")
+@click.option("--staging", metavar="DIR", type=click.Path(), help="For outputs in object stores: where shards are made.")
 @run_options
 def command(
     recipe: str,
@@ -39,6 +40,7 @@ def command(
       surgery run merge.yaml -o merged/
       surgery run merge.yaml -o merged/ --memory 1GB --profile
       surgery run merge.yaml -o merged/ --stream
+      surgery run merge.yaml -o s3://bucket/merged
       surgery run /shared/merge.yaml -o /shared/merged --engine ray
     """
     from surgery.cli.plan_ import planned

@@ -23,6 +23,7 @@ from surgery.engine.plan import Plan
 from surgery.engine.profile import Profile
 from surgery.engine.verify import MANIFEST, sidefiles
 from surgery.errors import Failed, Refused
+from surgery.remote.address import scheme_of
 from surgery.version import __version__
 
 
@@ -30,7 +31,7 @@ from surgery.version import __version__
 class Report:
     """What a finished run did. seconds: wall time; peak: resident bytes at most, of a process that computed."""
 
-    out: Path
+    out: Path | str
     tensors: int
     resumed: int
     read: int
@@ -53,21 +54,29 @@ def run(
     durable: bool = False,
     progress: Progress | None = None,
     hire: Hire = Threads,
+    staging: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Write the checkpoint that `plan` describes to directory `out`.
+    """Write the checkpoint that `plan` describes to directory `out`, or to a folder of an object store: `s3://bucket/path`.
 
     memory: bound on resident memory, such as "4GB". threads: workers, default the processors at hand. allow_nonfinite: carry
     NaN and infinities along instead of refusing them. durable: return only when everything is on the disk, so that not even a
-    power cut takes it. hire: who does the work; threads of this process, or a cluster's. Raises Refused (nothing is left
-    behind) or Failed (resumable).
+    power cut takes it. hire: who does the work; threads of this process, or a cluster's. staging: see `engine.store`.
+    Raises Refused (nothing is left behind) or Failed (resumable).
     """
+    if scheme_of(os.fspath(out)) is not None:
+        from surgery.engine.store import run_to_store
+
+        return run_to_store(
+            plan, os.fspath(out), resume=resume, overwrite=overwrite, staging=staging, memory=memory, threads=threads,
+            allow_nonfinite=allow_nonfinite, profile=profile, progress=progress, hire=hire,
+        )  # fmt: skip
     began = time.perf_counter()
     final, meter = Path(out), Profile() if profile else None
     if resume and settle(final, plan.token):
         return _report(plan, final, len(plan.programs), began, None)
     crew = hire(plan, Terms(memory, threads, allow_nonfinite, meter, progress or (lambda n: None)))
     try:
-        target = Output(final, [_place(u.source) for u in plan.uses], resume=resume, overwrite=overwrite)
+        target = Output(final, [place_of(u.source) for u in plan.uses], resume=resume, overwrite=overwrite)
         resumed = _claimed(plan, target, crew, resume, durable)
     finally:
         crew.close()
@@ -110,7 +119,7 @@ def peak_resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _place(source: Source) -> Path:
+def place_of(source: Source) -> Path:
     """The file or directory that an output must not touch: of a bare weight file only the file itself."""
     file = Path(next(iter(source.files)))
     named = len(source.files) == 1 and Path(source.location).expanduser() == file
