@@ -72,6 +72,11 @@ class Resident:
         self._others: dict[str, Resident] = {}
         self.last = Recomputed(0, 0, True)
 
+    @property
+    def places(self) -> Mapping[str, Any]:
+        """Name in the checkpoint -> the parameter or buffer of the shown module that holds it, where one does."""
+        return {} if self._built is None else self._built.places
+
     def beside(self, key: str) -> Resident:
         """A second live model, kept under `key`, with the same settings and nothing kept besides its module."""
         if key not in self._others:
