@@ -47,7 +47,7 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
                                panels([short(n, 16) for n in layers], [("hump", humps)]), (6.4, 3.2)))  # fmt: skip
     sharp = {p["task"]: [(x["sharpness"] or {}).get("value") for x in p["profile"]] for p in found}
     if any(v is not None for values in sharp.values() for v in values):
-        parts.insert(1, Figure("sharpness", "Sharpness per layer", "The rise of the measure in the worst of some random directions.",
+        parts.insert(1, Figure("sharpness", "Sharpness per layer", "The worst of some random moves of a layer.",
                                panels([short(n, 16) for n in layers], [("sharpness", sharp)]), (6.4, 3.2)))  # fmt: skip
     return Section(name, title or "Layers one by one", facts, notes, parts)
 
