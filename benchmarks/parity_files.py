@@ -37,7 +37,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import load_config, make_tasks
 from mergekit.graph import Executor
-options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+options = MergeOptions(copy_tokenizer="COPY_TOKENIZER" in os.environ, write_model_card=False, quiet=True)
 said = {}
 for name, (recipe, out) in json.load(sys.stdin).items():
     try:
@@ -83,10 +83,10 @@ def make_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
-def run_peer(python: str, cases: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Run every case in one process of mergekit's; returns what went wrong, by case."""
+def run_peer(python: str, cases: Mapping[str, str], folder: Path, **more: str) -> dict[str, str]:
+    """Run every case in one process of mergekit's; returns what went wrong, by case. more: environment variables."""
     jobs = {name: (text, str(folder / "theirs" / _file(name))) for name, text in cases.items()}
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **more}
     done = subprocess.run(
         [python, "-c", PEER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True
     )

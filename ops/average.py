@@ -32,10 +32,17 @@ def average(count: int, *, weight: Sequence[float], normalize: bool) -> list[flo
     Shapes:
         N tensors of one shape -> the same shape.
     Evidence:
-        The uniform soup of fine-tunes of one pre-trained model beats the best single one in accuracy and under distribution
-        shift (Wortsman et al. 2022).
+        For: the uniform soup of fine-tunes of one pre-trained model beats the best single one in accuracy and under
+        distribution shift (Wortsman et al. 2022). Against: for different tasks it dilutes every one: 66.5 % where eight
+        single CLIP ViT-B/32 models have 90.3 (FusionBench).
     Known problems:
         Averages of models that do not share a pre-trained ancestor are no models at all.
+    Cost:
+        None of its own: chains of linear operators become one weighted sum per tensor, for which each input is read once.
+        Memory: a few pieces of 2^19 elements for each thread, whatever the model's size.
+    Presets:
+        Language models: equal weights for runs of one task; for different tasks `add` with a weight of its own, 0.4 rather
+        than the 0.2 of an average of five (MergeBench).
     Example:
         soup: {op: average, of: [a, b, c], weight: [0.5, 0.3, 0.2]}
     References:

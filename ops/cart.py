@@ -38,13 +38,16 @@ def cart(deltas: Sequence[Tensor], *, alpha: float, share: float, largest: float
         T tensors of one shape -> the same shape. Which are matrices: as `tsv`.
     Evidence:
         For: the average is close to a good merge already, and a few directions around it recover much of what it lost: on
-        CLIP well above task arithmetic (Choi et al. 2024). Against: no replication is known to us; on large language models in
-        the wild only task arithmetic reliably helps (arXiv 2511.21437). alpha is searched on validation data; start at 1.0,
-        for language models at 0.3.
+        CLIP well above task arithmetic (Choi et al. 2024). Against: no replication is known to us; on large language models
+        in the wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
         With share 1 the centred deltas cancel and the result is the mean, whatever alpha is: the method lives from cutting.
-        One delta alone comes back as it is. Cost: T eigendecompositions of size r = min(m, n) and about T m n r
-        multiplications. Memory: 2 m n float64 numbers beside the deltas.
+        One delta alone comes back as it is.
+    Cost:
+        T eigendecompositions of size r = min(m, n) and about T m n r multiplications. Memory: 2 m n float64 numbers beside
+        the deltas.
+    Presets:
+        Language models: alpha 0.3, share 0.04; the authors search alpha on validation data from 1.0.
     Example:
         task: {op: cart, of: [math_task, code_task, chat_task], alpha: 1.0, share: 0.04}
     References:

@@ -26,11 +26,17 @@ def lm_cocktail(count: int, *, loss: Sequence[float], temperature: float) -> lis
     Shapes:
         N tensors of one shape -> the same shape.
     Evidence:
-        A fine-tuned model mixed with its base and with models of other tasks keeps its own task and regains general ability,
-        from five examples (Xiao et al. 2023; Llama-2-7B and BGE embeddings).
+        For: a fine-tuned model mixed with its base and with models of other tasks keeps its own task and regains general
+        ability, from five examples (Xiao et al. 2023; Llama-2-7B and BGE embeddings). Against: it is an average: models of
+        unrelated tasks dilute each other as there.
     Known problems:
         The losses must be measured on the same examples with the same tokenizer. At the published temperature 5 differences
         below one nat hardly change the weights: it is then nearly the plain average.
+    Cost:
+        None of its own: chains of linear operators become one weighted sum per tensor, for which each input is read once.
+        Memory: a few pieces of 2^19 elements for each thread, whatever the model's size. The losses are measured outside.
+    Presets:
+        Language models: temperature 5 as published; 0.5 to 1 where losses differ by less than a nat.
     Example:
         merged: {op: lm_cocktail, of: [base, math, code], loss: [2.31, 1.12, 1.87]}
     References:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 REQUIRED = object()
-SECTIONS = ("Maths", "Shapes", "Evidence", "Known problems", "Example", "References")
+FLOAT32_MAX = 3.4028234663852886e38  # arithmetic is in float32: a larger number overflows whatever it multiplies
+SECTIONS = ("Maths", "Shapes", "Evidence", "Known problems", "Cost", "Presets", "Example", "References")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Param:
 
     kind: "number", "integer", "boolean", "choice" or "rules". Numbers may vary over the model (a list is a gradient over depth,
     a map goes from name glob to value) unless `fixed`. per_input: one value for every input from position `first_input` on,
-    or a list of them. words: strings accepted beside numbers, such as "auto".
+    or a list of them. rank: a number of singular directions, of which a matrix has min(m, n). words: strings accepted beside
+    numbers, such as "auto".
     """
 
     name: str
@@ -45,6 +46,7 @@ class Param:
     per_input: bool = False
     first_input: int = 0
     fixed: bool = False
+    rank: bool = False
 
     @property
     def range(self) -> str:
@@ -70,8 +72,10 @@ class Param:
             return None if ok else "must be a map of tensor-name glob to input name"
         if isinstance(value, str) and value in self.words:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
             return f"must be a finite {self.kind}" + "".join(f" or `{w}`" for w in self.words)
+        if abs(value) > FLOAT32_MAX:
+            return f"must be at most {FLOAT32_MAX:.3g} in size: more overflows float32"
         if self.kind == "integer" and int(value) != value:
             return "must be a whole number"
         if value < self.low or value > self.high or (self.above and value == self.low):
@@ -104,7 +108,7 @@ class Takes:
     """
 
     names: tuple[str, ...]
-    space: str | tuple[str, ...]  # "weights", "delta", "same" (any, all alike), or one per name
+    space: str | tuple[str, ...]  # "weights", "delta", "mask", "same" (any, all alike), or one per name
     at_least: int
     at_most: float
     statistics: str = ""
@@ -160,7 +164,12 @@ class Op:
     # (count, shape, depth, **params): coefficients where the operator is a plain weighted sum for tensors of that shape
     copies: bool = False  # hands stored bytes on: codes of a quantised model stay what they are
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
+    blocks: Callable[..., Any] | None = None
+    """(count, at=, measured=, **params): a `surgery.ops.blocks.Step` that computes a piece of float32 numbers block by block,
+    bit for bit as `arrays`; or None if it cannot now."""
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
+    remark: Callable[..., str | None] = field(default=lambda count, shape, **_: None)
+    """(count, shape, **params): what the plan says of tensors of that shape, where the operator does less than its name."""
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)
     """(models, **params): the coefficients where a tensor has no statistics."""
 

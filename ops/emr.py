@@ -82,11 +82,15 @@ def emr(deltas: Sequence[Tensor], *, measured: float) -> Tensor:
     Shapes:
         1 + N tensors of one shape -> the same shape.
     Evidence:
-        Close to the individually fine-tuned models on 8 to 30 vision tasks, GLUE and multi-modal sets, without data or tuning
-        (Huang et al. 2024). It yields one model per task, so figures do not compare with those of one merged model.
+        For: close to the individually fine-tuned models on 8 to 30 vision tasks, GLUE and multi-modal sets, without data or
+        tuning (Huang et al. 2024). Against: it yields one model per task, so figures do not compare with those of one merged
+        model, and the task must be known when the model is used; nothing independent on large language models.
     Known problems:
         Some implementations take the mean per tensor for lambda; this one takes the sums over the whole model, as the paper
         does. Leave the task's delta out of the list and the mask is that of a task the vector does not know.
+    Cost:
+        One pass over all deltas of the whole model for lambda, then the result: each delta is read twice. Memory: a few
+        pieces for each thread.
     Example:
         math_again: {op: emr, of: [math_task, math_task, code_task]}
     References:
@@ -117,9 +121,12 @@ def emr_unified(deltas: Sequence[Tensor]) -> Tensor:
     Shapes:
         N tensors of one shape -> the same shape.
     Evidence:
-        Made to be modulated by `emr`; on its own it is larger than any delta (Huang et al. 2024, section 3.2).
+        For: made to be modulated by `emr` (Huang et al. 2024, section 3.2), and one vector with masks is smaller than the
+        models. Against: on its own it is larger than any delta.
     Known problems:
         Too large to be added to a base as it is: every element takes the largest magnitude among the tasks.
+    Cost:
+        No pass of its own; each input is read once. Memory: a few pieces of 2^19 elements for each thread.
     Example:
         shared: {op: emr_unified, of: [math_task, code_task]}
     References:

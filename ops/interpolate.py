@@ -24,10 +24,17 @@ def lerp(count: int, *, alpha: float) -> list[float]:
     Shapes:
         Two tensors of one shape -> the same shape.
     Evidence:
-        alpha = 0.5 gains 4 to 6 points under distribution shift at no loss in distribution (Wortsman et al. 2021); the path
-        lies above the chord between its ends.
+        For: alpha = 0.5 gains 4 to 6 points under distribution shift at no loss in distribution (Wortsman et al. 2021); the
+        path lies above the chord between its ends. Against: where the fine-tuned model is over-confident out of distribution
+        its errors dominate the average (arXiv 2309.17230); between models without a common ancestor the path crosses a
+        barrier.
     Known problems:
         Where the fine-tuned model is over-confident out of distribution its errors dominate the average (arXiv 2309.17230).
+    Cost:
+        None of its own: chains of linear operators become one weighted sum per tensor, for which each input is read once.
+        Memory: a few pieces of 2^19 elements for each thread, whatever the model's size.
+    Presets:
+        Language models: alpha 0.5; 0.3 to 0.8 by what is to be kept of the base.
     Example:
         wise: {op: lerp, of: [base, tuned], alpha: 0.5}
     References:
@@ -62,10 +69,17 @@ def slerp(count: int, *, t: float, like: str, measured: Array) -> list[float]:
     Shapes:
         Two tensors of one shape -> the same shape; the angle is taken over the flattened tensor.
     Evidence:
-        The most used merge of two models among practitioners; it keeps the norm that averaging loses when models are far
-        apart. Between fine-tunes of one base (cosine above 0.999) it equals the straight line to rounding.
+        For: the most used merge of two models among practitioners; it keeps the norm that averaging loses when models are far
+        apart. Against: between fine-tunes of one base (cosine above 0.999) it equals the straight line to rounding, and no
+        controlled comparison shows a gain over it.
     Known problems:
         The arc between opposite vectors is not defined; the straight line is used.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
+    Presets:
+        Language models: t 0.5; practitioners run t over depth, opposite ways for attention and MLP: {"*self_attn*": [0, 0.5,
+        0.3, 0.7, 1], "*mlp*": [1, 0.5, 0.7, 0.3, 0], "*": 0.5}.
     Example:
         merged: {op: slerp, of: [a, b], t: [0.0, 0.5, 1.0]}
     References:

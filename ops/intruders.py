@@ -76,14 +76,18 @@ def tame_intruders(
     Shapes:
         Two tensors of one shape -> the same shape. Which are matrices: as `tsv`.
     Evidence:
-        LoRA of low rank brings such directions, full fine-tuning hardly any, and the more there are the more is forgotten;
-        scaling them down gives back much of the general ability at little cost to the task (Shuttleworth et al. 2024;
-        RoBERTa, Llama-2-7B). k 10 and eps 0.5 are theirs, scale 0.75 is that of Hugging Face's implementation.
+        For: LoRA of low rank brings such directions, full fine-tuning hardly any, and the more there are the more is
+        forgotten; scaling them down gives back much of the general ability at little cost to the task (Shuttleworth et al.
+        2024; RoBERTa, Llama-2-7B). Against: shown by its authors; for full fine-tunes there is little to scale.
     Known problems:
         Published implementations disagree on what the factor means: here it is the part that is kept. The result of a LoRA
         model is a full matrix: cutting it back to the adapter's rank loses some of the correction. Directions of equal
         singular values are not unique, and neither are their cosines. Of a base that lacks rank, directions without strength
-        do not count. Cost: two eigendecompositions of size r = min(m, n) and about 4 m n r multiplications.
+        do not count.
+    Cost:
+        Two eigendecompositions of size r = min(m, n) and about 4 m n r multiplications.
+    Presets:
+        Language models: scale 0.75 (Hugging Face's implementation), k 10 and eps 0.5 (the authors).
     Example:
         tamed: {op: tame_intruders, of: [lora_merged, base], scale: 0.75}
     References:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
@@ -38,15 +38,18 @@ def iso_c(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Dept
     Evidence:
         For: 82.8 % on eight CLIP ViT-B/32 tasks at alpha 1.5 where task arithmetic has 68.0 (FusionBench; Marczak et al. 2025
         report the same order). Against: on large language models in the wild only task arithmetic reliably helps (arXiv
-        2511.21437), and every direction of a noisy spectrum is made as loud as the first. Start language models at alpha 0.5
-        and look at 0.3 to 1.5; the authors searched 0 to 3 on validation data.
+        2511.21437), and every direction of a noisy spectrum is made as loud as the first.
     Known problems:
-        The published code raises all min(m, n) directions to the mean. For deltas of low rank (LoRA) that writes full-strength
-        noise along arbitrary null-space vectors, different for every LAPACK: for rank 12 of 30 most of the result. Here the
-        support alone is kept, and the mean is that of the support: the result has the rank of the sum. LoRA merged into
-        bfloat16 weights has a full spectrum of rounding noise, which is support like any other: use the adapters themselves,
-        or `truncate_rank` first. Cost: one eigendecomposition of size r = min(m, n) and 3 m n r multiplications; half of one
-        SVD. Memory: 2 m n float64 numbers beside the deltas.
+        The published code raises all min(m, n) directions to the mean. For deltas of low rank (LoRA) that writes
+        full-strength noise along arbitrary null-space vectors, different for every LAPACK: for rank 12 of 30 most of the
+        result. Here the support alone is kept, and the mean is that of the support: the result has the rank of the sum. LoRA
+        merged into bfloat16 weights has a full spectrum of rounding noise, which is support like any other: use the adapters
+        themselves, or `truncate_rank` first.
+    Cost:
+        One eigendecomposition of size r = min(m, n) and 3 m n r multiplications; half of one SVD. Memory: 2 m n float64
+        numbers beside the deltas.
+    Presets:
+        Language models: alpha 0.5, search 0.3 to 1.5; the authors searched 0 to 3 on validation data.
     Example:
         task: {op: iso_c, of: [math_task, code_task, chat_task], alpha: 0.5}
     References:
@@ -58,6 +61,13 @@ def iso_c(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Dept
         return _flat(svd(wide_total(xs), precision=epsilon(xs[0])), xs[0])
 
     return over_matrices(deltas, merge, depth=depth, largest=largest).mul_(alpha)
+
+
+def _remark(count: int, shape: Sequence[int], *, common: float, **_: Any) -> str | None:
+    rank = min(shape[-2:], default=0)
+    if count > 1 and rank > 1 and split(rank, count, common)[1] == 0:
+        return f"common {common:g} leaves none of their directions to {count} tasks: the result is that of iso_c"
+    return None
 
 
 @pointwise(
@@ -72,6 +82,7 @@ def iso_c(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Dept
     ],
     needs=("depth",),
     reduces=scaled_mean,
+    remark=_remark,
 )
 def iso_cts(deltas: Sequence[Tensor], *, alpha: float, common: float, largest: float, depth: Depth = None) -> Tensor:
     """Flatten the spectrum of common and task-specific directions (Iso-CTS).
@@ -88,12 +99,15 @@ def iso_cts(deltas: Sequence[Tensor], *, alpha: float, common: float, largest: f
     Evidence:
         For: ahead of Iso-C for many tasks (Marczak et al. 2025); for eight it is level with it: 82.7 and 82.8 % on CLIP
         ViT-B/32 (FusionBench, alpha 1.5). Against: as `iso_c`; nothing is published for language models of today's size.
-        Start those at alpha 0.5.
     Known problems:
         Where the specific share does not give every delta half a direction, T > 2 r (1 - common), kt is 0 and the result is
-        that of `iso_c`: with common 0.8 that takes a rank below 2.5 T, so it happens in small matrices only. Support alone is
-        kept, as in `iso_c`. Cost: T + 3 eigendecompositions of size r and about (4 T + 6) m n r multiplications. Memory: about
-        4 m n float64 numbers beside the deltas.
+        that of `iso_c`: with common 0.8 that takes a rank below 2.5 T, so it happens in small matrices only, and the plan says
+        so. Support alone is kept, as in `iso_c`.
+    Cost:
+        T + 3 eigendecompositions of size r and about (4 T + 6) m n r multiplications. Memory: about 4 m n float64 numbers
+        beside the deltas.
+    Presets:
+        Language models: alpha 0.5, common 0.8.
     Example:
         task: {op: iso_cts, of: [math_task, code_task, chat_task], alpha: 0.5, common: 0.8}
     References:

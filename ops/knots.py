@@ -57,15 +57,17 @@ def knots(
     Evidence:
         For: up to 4.3 % over TIES itself for LoRA adapters of Llama-3-8B and CLIP (Stoica et al. 2024). Against: core space
         does the same for adapters up to 600 times faster and better (arXiv 2509.17786); for full fine-tunes there is no
-        evidence; on large language models in the wild only task arithmetic reliably helps (arXiv 2511.21437). For language
-        models start at density 0.3 and scale the sum by 0.4, as MergeBench does for TIES.
+        evidence; on large language models in the wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
-        A mean, like everything linear, gives in this space what it gives outside: `inner: mean` is there for comparison, and is
-        computed without the SVD. TIES trims each matrix for itself here, the published code trims over the whole model. TIES
-        depends on the basis: where singular values are equal the result is not unique; the sign of a singular vector is set
-        so that its largest element is positive. Cost: an eigendecomposition of size min(m, T n), the most expensive of all
-        here for tall matrices (5632 x 2048, T = 3: 20 times that of `iso_c`), and 2 T m n min(m, T n) multiplications.
-        Memory: T m n + 3 min(m, T n)^2 float64 numbers.
+        A mean, like everything linear, gives in this space what it gives outside: `inner: mean` is there for comparison, and
+        is computed without the SVD. TIES trims each matrix for itself here, the published code trims over the whole model.
+        TIES depends on the basis: where singular values are equal the result is not unique; the sign of a singular vector is
+        set so that its largest element is positive.
+    Cost:
+        An eigendecomposition of size min(m, T n), the most expensive of all here for tall matrices (5632 x 2048, T = 3: 20
+        times that of `iso_c`), and 2 T m n min(m, T n) multiplications. Memory: T m n + 3 min(m, T n)^2 float64 numbers.
+    Presets:
+        Language models: density 0.3 and alpha 0.4, as MergeBench has them for TIES.
     Example:
         task: {op: knots, of: [math_task, code_task], density: 0.3}
     References:

@@ -44,11 +44,15 @@ def geometric_median(count: int, *, max_iter: int, tol: float, measured: Array |
     Shapes:
         N tensors of one shape -> the same shape.
     Evidence:
-        Fewer than half of the inputs can be arbitrarily wrong without moving it arbitrarily far (Lopuhaa and Rousseeuw 1991);
-        used for robust aggregation of client updates (Pillutla et al. 2019).
+        For: fewer than half of the inputs can be arbitrarily wrong without moving it arbitrarily far (Lopuhaa and Rousseeuw
+        1991); used for robust aggregation of client updates (Pillutla et al. 2019). Against: among honest fine-tunes it is
+        close to the mean, and no merge of language models is known to gain by it.
     Known problems:
         Convergence is slow where the median is close to an input; the result after max_iter steps is the best found. Random
         errors in high dimension are nearly orthogonal and of equal norm: then it is the mean.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread. The search for the weights works on the T x T inner products.
     Example:
         merged: {op: geometric_median, of: [a, b, c]}
     References:

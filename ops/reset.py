@@ -95,12 +95,17 @@ def reset_elements(models: Sequence[Tensor], *, share: float, seed: int, at: At)
     Shapes:
         Two tensors of one shape -> the same shape. The choice is the same for every thread count and chunk size.
     Evidence:
-        Setting half of the parameters back restores what fine-tuning forgot at a small cost to the task (Hui et al. 2024,
-        who choose whole layers: the step `reset`). It is DARE without rescaling, so the expected model is the interpolation
-        base + (1 - share) delta, with noise.
+        For: setting half of the parameters back restores what fine-tuning forgot at a small cost to the task (Hui et al.
+        2024, who choose whole layers: the step `reset`). Against: it is DARE without rescaling, so the expected model is the
+        interpolation base + (1 - share) delta, with noise.
     Known problems:
         At equal share plain interpolation has the same mean and no noise; try `lerp` beside it. Single elements of a matrix
         do not work on their own: to leave parts of a model as they were, use `reset`.
+    Cost:
+        No pass of its own; each input is read once. Memory: a few pieces of 2^19 elements for each thread. Random bits are
+        drawn per element.
+    Presets:
+        Language models: share 0.5, the authors' for whole layers of Llama-2.
     Example:
         half: {op: reset_elements, of: [chat, base], share: 0.5, seed: 3}
     References:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.ops.declare import boolean, integer, linear, number, pointwise, takes
+from surgery.ops.declare import boolean, choice, integer, linear, number, pointwise, takes
 from surgery.ops.lazy import torch
 from surgery.ops.statistics import Array, RowGram, Sums, gram, gram_stored
 
@@ -46,20 +46,29 @@ def _arc(aa: Any, bb: Any, ab: Any, t: float) -> tuple[Array, Array]:
 
 
 def _nuslerp_statistic(
-    count: int, sizes: Sequence[int], *, weight: Sequence[float], flatten: bool, row_wise: bool
+    count: int, sizes: Sequence[int], *, weight: Sequence[float], flatten: bool, row_wise: bool, like: str | None
 ) -> Any:
     if _position(weight) in (0.0, 1.0):
         return None
     return _products() if flatten else RowGram(list)
 
 
-def _nuslerp_check(count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool) -> str | None:
-    if row_wise and not flatten:
-        return "one angle per column (flatten: false, row_wise: true) is the operator nuslerp_columns"
+def _shares_check(count: int, *, weight: Sequence[float], like: str | None, **_: Any) -> str | None:
+    if like is None and abs(sum(weight)) < 1e-12 * max(1.0, *(abs(w) for w in weight)):
+        return f"the weights {list(weight)} sum to zero: neither input has a share of that"
     return None
 
 
-_SHARE = "How much of each: the second one's share of the sum says how far along the arc; opposite weights count as equal."
+def _nuslerp_check(
+    count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool, like: str | None
+) -> str | None:
+    if row_wise and not flatten:
+        return "one angle per column (flatten: false, row_wise: true) is the operator nuslerp_columns"
+    return _shares_check(count, weight=weight, like=like)
+
+
+_SHARE = "How much of each: the second one's share of the sum says how far along the arc."
+_LIKE = choice("like", None, ("mergekit",), "mergekit: weights that sum to zero count as equal; otherwise they are refused.")
 
 
 @linear(
@@ -70,29 +79,41 @@ _SHARE = "How much of each: the second one's share of the sum says how far along
         number("weight", 1.0, _SHARE, per_input=True),
         boolean("flatten", True, "One angle for the whole tensor; false: one for each row."),
         boolean("row_wise", False, "Only read where flatten is false; then see nuslerp_columns."),
+        _LIKE,
     ],
     statistic=_nuslerp_statistic,
     check=_nuslerp_check,
 )
 def nuslerp(
-    count: int, *, weight: Sequence[float], flatten: bool, row_wise: bool, measured: Array | None = None
+    count: int,
+    *,
+    weight: Sequence[float],
+    flatten: bool,
+    row_wise: bool,
+    like: str | None = None,
+    measured: Array | None = None,
 ) -> list[Any]:
     """Interpolate along the arc between two models or two deltas, by weights (NuSLERP).
 
     Maths:
-        t = w_2 / (w_1 + w_2),   1/2 where |w_1 + w_2| < 1e-6;   cos(theta) = <a, b> / (|a| |b|)
+        t = w_2 / (w_1 + w_2);   cos(theta) = <a, b> / (|a| |b|)
         out = sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b
         A zero vector counts as orthogonal to everything. Vectors that are parallel (1 - cos < 1e-12) or opposite
-        (1 + cos < 1e-6) are joined by the straight line.
+        (1 + cos < 1e-6) are joined by the straight line. like: mergekit takes t = 1/2 where |w_1 + w_2| < 1e-6.
     Shapes:
         Two tensors of one shape -> the same shape. flatten: false has an angle for each row: the last axis, one output filter
         of a convolution, a vector as a whole.
     Evidence:
-        Used by practitioners in the place of slerp; no published comparison. On deltas it keeps their norm, which averages of
-        nearly orthogonal task vectors lose.
+        For: used by practitioners in the place of slerp; on deltas it keeps their norm, which averages of nearly orthogonal
+        task vectors lose. Against: no published comparison.
     Known problems:
         The arc between opposite vectors is not defined. mergekit counts norms below 1e-7 as 1e-7, which bends the angle of tiny
         deltas, and takes rows of a convolution along its last axis alone.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
+    Presets:
+        Language models: equal weights; on deltas 1/2 each keeps their norm, so add the result with weight 0.5 to 1.
     Example:
         merged: {op: nuslerp, of: [a, b], weight: [0.7, 0.3]}
     References:
@@ -110,9 +131,10 @@ def nuslerp(
     takes=takes("first", "second", space="same"),
     gives="first",
     locality="matrix",
-    params=[number("weight", 1.0, _SHARE, per_input=True)],
+    params=[number("weight", 1.0, _SHARE, per_input=True), _LIKE],
+    check=_shares_check,
 )
-def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float]) -> Tensor:
+def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float], like: str | None = None) -> Tensor:
     """Interpolate along arcs as nuslerp does, with an angle for each column of a matrix.
 
     Maths:
@@ -121,8 +143,13 @@ def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float]) -> Te
         Two tensors of one shape -> the same shape. Columns of a matrix (out, in) belong to one input feature; a vector is one
         column. The tensor is held in memory as a whole.
     Evidence:
-        None published. It is what mergekit computes under `nuslerp_flatten: false, nuslerp_row_wise: true`.
+        For: it is what mergekit computes under `nuslerp_flatten: false, nuslerp_row_wise: true`. Against: nothing is
+        published.
     Known problems:
+        As nuslerp.
+    Cost:
+        Each tensor is held as a whole: about four float64 copies of it for each thread.
+    Presets:
         As nuslerp.
     Example:
         merged: {op: nuslerp_columns, of: [a, b], weight: [0.7, 0.3]}
@@ -180,11 +207,16 @@ def multislerp(
     Shapes:
         N tensors of one shape -> the same shape; each is taken as one vector.
     Evidence:
-        None published. Deltas keep their norm, which averages of nearly orthogonal task vectors lose.
+        For: deltas keep their norm, which averages of nearly orthogonal task vectors lose. Against: nothing is published.
     Known problems:
         The method is described as a barycentre in the tangent space at m, mapped back to the sphere. At that point the weighted
         sum of tangent vectors is zero whatever the inputs: what is left is the normalised mean written above, and `karcher` is
         the mean on the sphere. mergekit aborts where |m| < eps with more than two inputs.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread.
+    Presets:
+        Language models: equal weights; deltas added with weight 0.5 to 1, for they keep their norm.
     Example:
         merged: {op: multislerp, of: [a, b, c], weight: [0.5, 0.3, 0.2]}
     References:
@@ -228,11 +260,17 @@ def karcher(
     Shapes:
         N tensors of one shape -> the same shape; each is taken as one vector.
     Evidence:
-        The generalisation of slerp to several models: with two of equal weight it is slerp at 1/2 for unit vectors. Between
-        fine-tunes of one base, whose angles are small, it equals the average to rounding.
+        For: the generalisation of slerp to several models: with two of equal weight it is slerp at 1/2 for unit vectors.
+        Against: between fine-tunes of one base, whose angles are small, it equals the average to rounding; nothing is
+        published on its use for merging.
     Known problems:
         Opposite vectors have no mean: where no direction prevails the search starts at the first input, and inputs opposite to
         the mean do not pull. mergekit leaves out vectors with a norm below tol; here only zero vectors are.
+    Cost:
+        One pass over the inputs for their inner products, then the weighted sum: each input is read twice. Memory: a few
+        pieces for each thread. The iteration works on the T x T inner products and reads nothing.
+    Presets:
+        Language models: equal weights.
     Example:
         merged: {op: karcher, of: [a, b, c]}
     References:

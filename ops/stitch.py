@@ -22,9 +22,13 @@ def stitch(count: int, *, rules: Mapping[str, int]) -> list[float]:
     Shapes:
         Whatever the chosen tensors have; bytes are copied.
     Evidence:
-        Swapping the towers, heads or adapters of sibling models is how modular systems are assembled (arXiv 2406.17257).
+        For: swapping the towers, heads or adapters of sibling models is how modular systems are assembled (arXiv 2406.17257).
+        Against: the seams: blocks of models that were trained apart expect other inputs, and stacks of them need training to
+        be any good.
     Known problems:
         Tensors of models without a common ancestor do not fit together, whatever their shapes say.
+    Cost:
+        None: stored bytes are handed on; each tensor is read from one input.
     Example:
         hybrid: {op: stitch, of: [vision, chat], rules: {"vision_tower.*": vision, "*": chat}}
     References:

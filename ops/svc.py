@@ -38,13 +38,15 @@ def svc(tensors: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth
         1 + T tensors of one shape -> the same shape. Which are matrices: as `tsv`.
     Evidence:
         For: the authors (2026) report gains over each merger they put it after. Against: no independent replication yet; on
-        large language models in the wild only task arithmetic reliably helps (arXiv 2511.21437). alpha is 0.1 after task
-        arithmetic and Iso and 1.0 after TSV and WUDI in the published configurations; start there.
+        large language models in the wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
         gamma reaches 1 / alpha for directions that no delta shares: after a merge that scaled everything down, all of them
-        are scaled up again. Directions of equal singular values are not unique, and neither is their calibration. Cost: one
-        eigendecomposition of size r = min(m, n) and (T + 3) m n r multiplications. Memory: 3 m n float64 numbers beside the
-        inputs.
+        are scaled up again. Directions of equal singular values are not unique, and neither is their calibration.
+    Cost:
+        One eigendecomposition of size r = min(m, n) and (T + 3) m n r multiplications. Memory: 3 m n float64 numbers beside
+        the inputs.
+    Presets:
+        alpha 0.1 after task arithmetic and Iso and 1.0 after TSV and WUDI, as published; for language models the same.
     Example:
         calibrated: {op: svc, of: [merged_task, math_task, code_task], alpha: 0.1}
     References:

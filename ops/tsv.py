@@ -4,7 +4,7 @@ measuring how much they interfere (STI)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgery.ops.declare import number, pointwise, takes
 from surgery.ops.lazy import torch
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _remark(count: int, shape: Sequence[int], **_: Any) -> str | None:
+    rank = min(shape[-2:], default=0)
+    return f"their rank does not give {count} deltas a direction each: they get the mean" if 1 < rank < count else None
+
+
 @pointwise(
     "tsv",
     takes=takes("deltas…", space="delta", at_least=1),
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     params=[number("alpha", 1.0, "Scales the result."), LARGEST],
     needs=("depth",),
     reduces=scaled_mean,
+    remark=_remark,
 )
 def tsv(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth = None) -> Tensor:
     """Merge deltas by their leading singular directions, made orthogonal to each other (TSV-Merge).
@@ -52,15 +58,18 @@ def tsv(deltas: Sequence[Tensor], *, alpha: float, largest: float, depth: Depth 
         For: well ahead of task arithmetic and TIES when 8 to 20 CLIP models are merged (Gargiulo et al. 2024); LoRA adapters
         of Llama-3-8B merged in core space reach 94 % of the single models (arXiv 2509.17786). Against: on large language
         models in the wild only task arithmetic reliably helps, subspace methods included in the comparison (arXiv
-        2511.21437); differences between methods shrink with size (arXiv 2410.03617). Start language models at alpha 1.0 and
-        try 0.5 to 1.5; the authors searched 0 to 3 on validation data.
+        2511.21437); differences between methods shrink with size (arXiv 2410.03617).
     Known problems:
         Keeps 1/T of each delta's rank: what a delta spreads over its whole spectrum is lost. Directions that several deltas
-        share exactly are kept once, at their mean strength; the published code fills up the rest of such a basis, and of deltas
-        of rank below k, with arbitrary vectors that depend on the LAPACK at hand. Tiny tensors stored as matrices (1 x n, or
-        fewer rows than deltas) would vanish there; here they get the mean. Fused matrices (qkv, gate_up) are decomposed as
-        stored. Cost: T + 2 eigendecompositions of size r and about (3 T + 4) m n r multiplications: for T = 3 about the time
-        of three SVDs. Memory: about 3 m n float64 numbers beside the deltas.
+        share exactly are kept once, at their mean strength; the published code fills up the rest of such a basis, and of
+        deltas of rank below k, with arbitrary vectors that depend on the LAPACK at hand. Tiny tensors stored as matrices (1 x
+        n, or fewer rows than deltas) would vanish there; here they get the mean. Fused matrices (qkv, gate_up) are decomposed
+        as stored.
+    Cost:
+        T + 2 eigendecompositions of size r and about (3 T + 4) m n r multiplications: for T = 3 about the time of three SVDs.
+        Memory: about 3 m n float64 numbers beside the deltas.
+    Presets:
+        Language models: alpha 1.0, search 0.5 to 1.5; the authors searched 0 to 3 on validation data.
     Example:
         task: {op: tsv, of: [math_task, code_task, chat_task]}
     References:
@@ -161,8 +170,11 @@ def tsv_compress(tensors: Sequence[Tensor], *, ratio: float, largest: float, dep
         Against: deltas of full fine-tunes of language models have long spectra; read the error before relying on it
         (`truncate_rank` cuts by error or energy).
     Known problems:
-        The result is written in full size: the saving is that of a package which stores the factors. Cost: an
-        eigendecomposition of size min(m, n) and about 2 m n min(m, n) multiplications.
+        The result is written in full size: the saving is that of a package which stores the factors.
+    Cost:
+        An eigendecomposition of size min(m, n) and about 2 m n min(m, n) multiplications.
+    Presets:
+        Language models: ratio 1/T for T tasks is the published choice; read the error.
     Example:
         small: {op: tsv_compress, of: math_task, ratio: 0.1}
     References:

@@ -43,11 +43,14 @@ def wudi(deltas: Sequence[Tensor], *, steps: int, rate: float, largest: float, d
         91.5 % of the single models for WizardLM, Math and Coder 13B (the authors). Against: on large language models in the
         wild only task arithmetic reliably helps (arXiv 2511.21437).
     Known problems:
-        An early-stopped solve: L is quadratic, its minimum is `wudi_solve`, and 300 steps stop far short of it. How far depends
-        on the deltas' scale, because Adam's steps do not: with the published rate an element moves by at most 0.003 or so.
-        There is no scale to tune; `scale` the result if need be. Cost: 2 m n^2 multiplications in each of 300 steps: 22 s for
-        2048 x 2048 on a core, an hour or two for a model of a billion parameters. Memory: 5 m n + 2 n^2 numbers beside the
-        deltas.
+        An early-stopped solve: L is quadratic, its minimum is `wudi_solve`, and 300 steps stop far short of it. How far
+        depends on the deltas' scale, because Adam's steps do not: with the published rate an element moves by at most 0.003
+        or so. There is no scale to tune; `scale` the result if need be.
+    Cost:
+        2 m n^2 multiplications in each of 300 steps: 22 s for 2048 x 2048 on a core, an hour or two for a model of a billion
+        parameters. Memory: 5 m n + 2 n^2 numbers beside the deltas.
+    Presets:
+        Language models: 300 steps at rate 1e-5, the authors' for 13B models; no scale.
     Example:
         task: {op: wudi, of: [math_task, code_task, chat_task]}
     References:
@@ -80,13 +83,16 @@ def wudi_solve(deltas: Sequence[Tensor], *, ridge: float, largest: float, depth:
     Shapes:
         T tensors of one shape -> the same shape. Which are matrices: as `tsv`.
     Evidence:
-        An experiment: no published results. It reaches a loss hundreds of times below that of `wudi` in a fraction of its
-        time, which says nothing yet about tasks: the published method may owe its figures to stopping early. Compare both on
-        your own evaluation before use.
+        For: it reaches a loss hundreds of times below that of `wudi` in a fraction of its time. Against: an experiment: no
+        published results, and a lower loss says nothing yet about tasks: the published method may owe its figures to stopping
+        early. Compare both on your own evaluation before use.
     Known problems:
         With ridge 0 directions in which the deltas are weak are fitted as exactly as strong ones, and inconsistent ones grow.
-        Cost: T + 1 products of m n^2 and a Cholesky factorisation of size n. Memory: 2 m n + 3 n^2 float64 numbers beside the
+    Cost:
+        T + 1 products of m n^2 and a Cholesky factorisation of size n. Memory: 2 m n + 3 n^2 float64 numbers beside the
         deltas.
+    Presets:
+        None known: start at ridge 0.001 and the result scaled by 0.4 to 1.
     Example:
         task: {op: wudi_solve, of: [math_task, code_task, chat_task], ridge: 0.001}
     References:

@@ -5,7 +5,7 @@ A room with steps of its own adds its module here.
 
 from typing import Any
 
-from surgery.adapter import merge  # noqa: F401
+from surgery.adapter import forms as _adapter  # noqa: F401
 from surgery.graph import edit_forms, reset_forms, stack_forms  # noqa: F401
 from surgery.graph.forms import Form, forms
 from surgery.reshape import forms as _reshape  # noqa: F401

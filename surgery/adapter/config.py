@@ -11,10 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgery.adapter.find import CONFIG
 from surgery.checkpoint.source import read_json
 from surgery.errors import Refused
-
-CONFIG = "adapter_config.json"
 
 # Variants whose effect is no constant change of weights, or another one than s B A.
 _NO_DELTA = {

@@ -89,6 +89,15 @@ def extraction(
     return made
 
 
+def check_rank(rank: int | None, items: Sequence[Item]) -> None:
+    """Refuse a rank that was asked for and that no matrix has."""
+    limits = {i.name: min(i.delta.shape[-2:]) for i in items}
+    if rank is None or not limits or rank <= max(limits.values()):
+        return
+    name = max(limits, key=lambda n: limits[n])
+    raise Refused(f"--rank {rank}: above every matrix; the largest rank is {limits[name]}, of `{name}`")
+
+
 def settle(found: Extraction, values: Values, policy: str, model: Node, save: Sequence[str] = ()) -> dict[str, Expr]:
     """Look which of the other tensors changed at all, and decide about them: those to be kept in full.
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from surgery.adapter.node import AdaptedNode, AdapterNode
-from surgery.adapter.source import find_adapter, open_adapter
+from surgery.adapter.find import find_adapter
 from surgery.graph.node import Node
 
 
-def adapter(location: str, label: str | None, where: Mapping[str, str]) -> AdapterNode | None:
+def adapter(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
     """The adapter at `location`, as a delta; None if something else is there."""
     file = find_adapter(location, sure=False)
-    return None if file is None else AdapterNode(open_adapter(location, file, label), label, where)
+    if file is None:
+        return None
+    from surgery.adapter.node import AdapterNode
+    from surgery.adapter.source import open_adapter
+
+    return AdapterNode(open_adapter(location, file, label), label, where)
 
 
 def split(location: str, where: Mapping[str, str]) -> tuple[str, str] | None:
@@ -21,7 +26,7 @@ def split(location: str, where: Mapping[str, str]) -> tuple[str, str] | None:
 
     Relative paths in a recipe are looked for beside it first, as those of whole models are.
     """
-    if "+" not in location or Path(location).expanduser().exists():
+    if "+" not in location or Path(os.path.expanduser(location)).exists():
         return None
     base, _, last = location.rpartition("+")
     if not base or not last:
@@ -37,6 +42,9 @@ def _beside(path: str, where: Mapping[str, str]) -> str:
 
 def adapted(base: Node, location: str, label: str | None, where: Mapping[str, str]) -> Node:
     """`base` with the adapter at `location`."""
+    from surgery.adapter.node import AdaptedNode, AdapterNode
+    from surgery.adapter.source import open_adapter
+
     file = find_adapter(location, sure=True)
     assert file is not None
     name = Path(location.partition("@")[0].rstrip("/")).name

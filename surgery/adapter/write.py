@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.adapter.config import CONFIG
 from surgery.adapter.decompose import criteria_of, each, made_of
 from surgery.adapter.file import GrowingFile
+from surgery.adapter.find import CONFIG
 from surgery.adapter.items import PREFIX, Item, Row
 from surgery.adapter.svd import Criterion
 from surgery.adapter.values import Values

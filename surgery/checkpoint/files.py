@@ -44,13 +44,13 @@ def locate(source: str) -> Located:
         from surgery.checkpoint.elsewhere import locate_url
 
         return locate_url(source, scheme)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return _file(path)
     if path.is_dir():
         return from_directory(path, None)
     name, _, revision = source.partition("@")
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     if revision and local.exists():
         raise Refused(f"{source}: `@{revision}` names a hub revision, but {name} is a local path")
     if _HUB_ID.match(name):
@@ -151,8 +151,9 @@ def from_directory(path: Path, revision: str | None) -> Located:
 def _gguf(path: Path) -> Refused:
     return Refused(
         f"{path}: a GGUF file: quantised for llama.cpp, with tensors renamed and permuted",
-        hint="use the model it was made from, or unpack it first: "
-        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}").save_pretrained("unpacked")',
+        hint="use the model it was made from, or unpack it first, with gguf installed and transformers 5: "
+        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}", '
+        'quantization_config=GgufConfig(dequantize=True)).save_pretrained("unpacked")',
     )
 
 

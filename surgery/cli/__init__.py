@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers are our own; must be set before numpy is imported
 
@@ -23,15 +24,17 @@ COMMANDS = {
     "delta": "Ship a fine-tune as what changed from its base.",
     "depth": "Show which blocks of a model can be dropped.",
     "gates": "Make router weights for a mixture of experts from prompts.",
+    "mixing": "Learn how a mixture's experts are mixed into a dense model.",
     "lora": "Extract, apply, merge and inspect LoRA adapters.",
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
     "probe": "Look inside: path between models, layers, contribution of a fine-tune, overlap of skills.",
     "ops": "List operators, or explain one.",
+    "overlap": "Show how far learned masks of several tasks name the same entries.",
     "push": "Publish an output on the hub.",
     "report": "Show results as a page that opens offline, as pictures and as tables.",
     "schema": "Print the JSON Schema of recipes.",
     "verify": "Hash an output again and compare it with its manifest.",
-    "statistics": "Collect what merging by data needs: Gram matrices, Fisher information.",
+    "statistics": "Collect what merging by data needs: Gram matrices, Fisher information, sensitivity.",
     "sweep": "Search the numbers of a recipe that make the best model.",
     "tune": "Fine-tune a checkpoint: whole, masked, adapted or averaged; a checkpoint or a delta comes out.",
 }
@@ -83,7 +86,9 @@ def main() -> None:
         problem.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; an unfinished run goes on with --resume", file=sys.stderr)
+        print("interrupted; an unfinished run goes on with --resume", file=sys.stderr, flush=True)
+        if threading.active_count() > 1:  # interrupted twice: a worker is inside LAPACK, and ending beneath it would abort
+            os._exit(130)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -78,7 +78,7 @@ def extract(
       surgery lora extract tuned/ --base base/ -o adapter/ --rank 32
       surgery lora extract tuned/ --base base/ -o adapter/ --energy 0.95 --others skip
     """
-    from surgery.adapter.extract import extraction, settle, targets, task_of
+    from surgery.adapter.extract import check_rank, extraction, settle, targets, task_of
     from surgery.adapter.values import Values
     from surgery.adapter.write import Header, write_adapter
     from surgery.checkpoint.dtypes import F32, float_dtype
@@ -89,6 +89,7 @@ def extract(
     began = time.perf_counter()
     tuned, root = open_node(model), open_node(base)
     found = extraction(tuned, root, only=only, save=save, skip=skip)
+    check_rank(options["rank"], found.items)
     stored = [a.dtype for i in found.items for a in i.delta.args]
     dtype = float_dtype(options["dtype"]) if options["dtype"] else max(stored, key=lambda d: d.size, default=F32)
     values = Values(found.exprs)
@@ -260,8 +261,9 @@ def inspect(adapter: str, base: str | None, as_json: bool) -> None:
 
 def _opened(locations: Sequence[str]) -> list[AdapterNode]:
     """Adapters, each with a name of its own."""
+    from surgery.adapter.find import find_adapter
     from surgery.adapter.node import AdapterNode
-    from surgery.adapter.source import find_adapter, open_adapter
+    from surgery.adapter.source import open_adapter
 
     made: list[AdapterNode] = []
     for location in locations:

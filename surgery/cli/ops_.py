@@ -59,7 +59,7 @@ def explain(op: Any) -> str:
         lines.append(f"  {p.name}: {p.range}, {default}{per}\n      {p.doc}")
     if any(not p.fixed for p in op.params):
         lines.append("  Numbers may also be a gradient over depth, [0.2, 0.8], or a map {glob: value}.")
-    for title in SECTIONS:
+    for title in filter(op.section, SECTIONS):
         lines += ["", title, *(f"  {line}" for line in op.section(title).splitlines())]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +30,14 @@ def command(out: str, repo: str, private: bool, revision: str | None, message: s
     Example:
       surgery push merged/ my-org/my-merge --private
     """
-    folder = Path(out).expanduser()
+    folder = Path(os.path.expanduser(out))
     _check(folder)
     click.echo(_push(folder, repo, private=private, revision=revision, message=message))
 
 
 def _check(folder: Path) -> None:
     """Raises Refused unless the folder holds something whole."""
-    from surgery.adapter.source import weights_of
+    from surgery.adapter.find import weights_of
     from surgery.checkpoint.header import read_header
     from surgery.checkpoint.source import open_source
     from surgery.errors import Refused

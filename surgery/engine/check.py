@@ -10,21 +10,21 @@ from typing import Any
 from surgery.checkpoint import config as configs
 from surgery.checkpoint.sidecar import licence
 from surgery.checkpoint.source import Source
-from surgery.checkpoint.ties import declared_ties, tie_flag
+from surgery.checkpoint.ties import declared_ties, is_token_embedding, tie_flag
 from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocabulary_rows, vocabulary_sizes
-from surgery.engine.plan import Plan, Program
+from surgery.engine.plan import Plan
+from surgery.engine.quantised import check_quantised
 from surgery.errors import Refused, did_you_mean
-from surgery.graph.expr import Derived, Read, walk
+from surgery.graph.expr import Read, Weighted, walk
 from surgery.graph.node import Node, SourceNode, sources_of
-from surgery.graph.scaled import Dequantised
-
-_SCALES = ("_scale_inv", "_scale", ".scale", "_scales", ".scales")
+from surgery.ops.declare import FLOAT32_MAX
 
 
 def check(plan: Plan) -> None:
     """Refuse what cannot work, fill in `plan.warnings` and `plan.config`."""
     _tokenizer(plan)
-    _quantised(plan)
+    check_quantised(plan)
+    _overflowing(plan)
     _vocabularies(plan)
     plan.warnings += plan.settings.vocabulary.warnings if plan.settings.vocabulary is not None else []
     plan.config = _config(plan)
@@ -51,35 +51,21 @@ def _tokenizer(plan: Plan) -> None:
         raise Refused(f"{where}: `{wanted}` is not a model of this recipe", hint=did_you_mean(wanted, labels))
 
 
-def _quantised(plan: Plan) -> None:
-    """Codes of a quantised checkpoint are no numbers to compute with."""
+def _overflowing(plan: Plan) -> None:
+    """A factor beyond the largest number of the output's type makes infinities of all that it multiplies."""
     for program in plan.programs:
-        if program.copies or _rebuilt(program):
+        if not isinstance(program.expr, Weighted):
             continue
-        exprs = list(walk([program.expr]))
-        scaled = {id(a) for e in exprs if isinstance(e, Dequantised) for a in e.args}
-        for e in exprs:
-            if not isinstance(e, Read) or id(e) in scaled:
-                continue
-            source, name = e.source, e.stored.name
-            stem = name.removesuffix(".weight")
-            scale = next((s for x in (name, stem) for end in _SCALES if (s := x + end) in source.tensors), None)
-            if scale is not None and (e.stored.dtype.is_scaled_code or not e.stored.dtype.is_float):
+        largest = min(program.dtype.largest, FLOAT32_MAX)
+        for coef, arg in zip(program.expr.coefs, program.expr.args, strict=True):
+            if abs(coef) > largest:
+                of = f"{arg.source.label} " if isinstance(arg, Read) else ""
+                place = f"{plan.node.where['']}: " if plan.node.where.get("") else ""
                 raise Refused(
-                    f"{source.label}: `{name}` holds {e.stored.dtype} codes that need `{scale}`; they are not weights yet",
-                    hint="dequantise the checkpoint to bfloat16 first; only copying such tensors unchanged is safe",
+                    f"{place}`{program.name}`: {of}multiplied by {coef:.3g} overflows {program.dtype.torch} "
+                    f"(largest {largest:.3g})",
+                    hint="use smaller weights, or a wider output dtype",
                 )
-            method = ((source.config or {}).get("quantization_config") or {}).get("quant_method")
-            if method and not e.stored.dtype.is_float:
-                raise Refused(
-                    f"{source.label}: is quantised ({method}); `{name}` holds packed codes, not weights",
-                    hint="use the unquantised checkpoint",
-                )
-
-
-def _rebuilt(program: Program) -> bool:
-    """True if stored bytes are unpacked as they were: a delta package on its base."""
-    return isinstance(program.expr, Derived) and program.expr.exact and program.expr.dtype == program.dtype
 
 
 def _vocabularies(plan: Plan) -> None:
@@ -161,7 +147,9 @@ def _true_ties(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     """A head that is written although config ties it makes the output untied."""
     if tie_flag(config) is not True or not any("embed" not in p.name and len(p.shape) == 2 for p in plan.programs):
         return config
-    tables = {p.shape for p in plan.programs if p.name in vocabulary_rows({p.name: p.shape}, config)}
+    sizes = vocabulary_sizes(config)
+    likely = [p for p in plan.programs if (sizes.intersection(p.shape) if sizes else is_token_embedding(p.name))]
+    tables = {p.shape for p in likely if p.name in vocabulary_rows({p.name: p.shape}, config)}
     heads = [p for p in plan.programs if p.shape in tables and len(p.shape) == 2]
     if len(heads) < 2:
         return config

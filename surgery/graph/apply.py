@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
-
-from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import F32, F64, DType, promote
 from surgery.errors import did_you_mean
 from surgery.graph import values
-from surgery.graph.expr import Agree, Applied, Derived, Expr, Fetch, Measure, Padded, weighted
+from surgery.graph.expr import Agree, Applied, Expr, Measure, Padded, weighted
+from surgery.graph.informed import Informed
+from surgery.graph.limits import check_ranks, remarks
 from surgery.graph.node import Node, sources_of
+from surgery.graph.packed import packed_codes, packing
 from surgery.graph.scaled import dequantised
 from surgery.ops.declare import REQUIRED, Op
-from surgery.ops.lazy import torch
 
 MISSING = {
     "error": "refuse the plan",
@@ -34,7 +33,7 @@ class OpNode(Node):
 
     An operator that takes statistics gets them as the second half of its inputs: looked up under the names of the models'
     tensors, they decide neither which tensors there are nor of what type. A tensor that some statistics lack is combined as
-    the operator says for that case (`Op.without`).
+    the operator says for that case (`Op.without`). A mask is zero where it has no tensor, and decides no type either.
     """
 
     def __init__(
@@ -73,7 +72,10 @@ class OpNode(Node):
             if node.space == wanted:
                 continue
             name = node.label or f"input {i + 1}"
-            if node.space == "statistics":
+            if wanted == "mask" or node.space == "mask":
+                message = f"{self.op.name} takes {wanted if wanted == 'mask' else 'no mask'} here; `{name}` is {_what(node)}"
+                hint = "a mask is what `surgery sweep` with `method: graft` writes, and goes into `graft`"
+            elif node.space == "statistics":
                 message = f"{self.op.name} takes {'deltas' if wanted == 'delta' else wanted}; `{name}` is statistics"
                 hint = "statistics go into `regmean` and `fisher`, after the models"
             elif wanted == "delta":
@@ -107,7 +109,8 @@ class OpNode(Node):
 
     def _check_provenance(self) -> None:
         """Statistics speak of the weights that they were collected from, and of no others."""
-        for model, node in zip(self.models, self.statistics, strict=True):
+        masks = [(self.models[0], n) for n in self.models if n.space == "mask"]
+        for model, node in [*zip(self.models, self.statistics, strict=bool(self.statistics)), *masks]:
             made_from = [s.source for s in sources_of(model)]
             for source in sources_of(node):
                 problem = source.mismatch(made_from) if hasattr(source, "mismatch") else None
@@ -157,8 +160,7 @@ class OpNode(Node):
     # -- from checkpoints to tensors -------------------------------------------------------------------------------------
 
     def _build(self) -> dict[str, Expr]:
-        if self.statistics:
-            self._check_provenance()
+        self._check_provenance()
         names: dict[str, None] = {}
         for node in self.models:
             names.update(dict.fromkeys(node.tensors))
@@ -184,10 +186,12 @@ class OpNode(Node):
                 shared = self._measure(expr, shared)
             made[name] = expr
         if absent:
-            raise self._missing(absent)
+            raise self._packed() or self._missing(absent)
         if self.statistics and len(self.plain) == len(made):
             raise self._unknown(made)
         self._check_globs(made)
+        check_ranks(self, made, self._resolve)
+        remarks(self, made)
         return made
 
     def _arguments(self, name: str) -> list[Any]:
@@ -198,18 +202,19 @@ class OpNode(Node):
             if expr is None:
                 expr = node.stand_in(name)
             if expr is None:
-                expr = _ZERO if node.space == "delta" and name in node.left_out else _ABSENT
+                expr = _ZERO if node.space == "mask" or (node.space == "delta" and name in node.left_out) else _ABSENT
             found.append(expr)
         return found
 
     def _combine(self, name: str, args: list[Expr]) -> Expr:
-        present = [a for a in args if a is not _ZERO]
+        present = [a for a, node in zip(args, self.models, strict=True) if a is not _ZERO and node.space != "mask"]
         if any(not a.dtype.is_float for a in present):
             reads = list({id(a): a for p in present for a in (p.args if isinstance(p, Agree) else [p])}.values())
             self._same_shape(name, args, exact=True)
             kinds = {a.dtype.name for a in reads}
             if len(kinds) > 1:
-                raise self.refuse(f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with")
+                found = f"`{name}` is {' and '.join(sorted(kinds))} in different inputs; it cannot be computed with"
+                raise self._packed() or self.refuse(found)
             return reads[0] if len(reads) == 1 else Agree(reads, self)
         shape = self._same_shape(name, args, exact=not self.op.pads(**self.params))
         padded = [a if a is _ZERO or a.shape == shape else Padded(a, shape, self) for a in args]
@@ -217,7 +222,9 @@ class OpNode(Node):
         params = self._resolve(name)
         problem = self.op.check(len(self.inputs), **params)
         if problem:
-            raise self.refuse(f"{self.op.name}: {problem}" + ("" if self._constant else f" (at `{name}`)"))
+            at = "" if self._constant else f" (at `{name}`)"
+            key = next((p.name for p in self.op.params if p.name in self.given and p.name in problem), "")
+            raise self.refuse(f"{self.op.name}: {problem}{at}", key=key)
         extra = {"depth": self._depth(name)} if "depth" in self.op.needs else {}
         known = [node.tensors.get(name) for node in self.statistics]
         if None in known:
@@ -259,7 +266,7 @@ class OpNode(Node):
             if len(other) == len(shape) > 0 and other[1:] == shape[1:]:
                 hint = "different vocabularies? align them: output: {tokenizer: union}, or the model whose tokenizer to take"
                 hint += "; `diff` takes pad: true" if self.op.name == "diff" else ""
-            raise self.refuse(message, hint=hint)
+            raise self._packed() or self.refuse(message, hint=hint)
         return shape
 
     def _dtype(self, present: list[Expr]) -> DType:
@@ -347,6 +354,14 @@ class OpNode(Node):
     def _name(self, i: int) -> str:
         return self.inputs[i].label or f"input {i + 1}"
 
+    def _packed(self) -> Exception | None:
+        """The likely reason why models do not fit: one of them is quantised."""
+        for source in (s.source for s in sources_of(self)):
+            how = packing(source)
+            if how is not None:
+                return packed_codes(source, how, next(iter(source.tensors)))
+        return None
+
     def _missing(self, absent: list[tuple[str, list[int]]]) -> Exception:
         name, lacking = absent[0]
         have = next(self._name(i) for i in range(len(self.inputs)) if i not in lacking)
@@ -384,32 +399,6 @@ class OpNode(Node):
         return f"{sorted(self.params.items(), key=str)!r}\0{self.missing}\0{random}"
 
 
-class Informed(Derived):
-    """`applied`, an operator of whole matrices, given tensors of statistics beside its arguments, in shapes of their own."""
-
-    __slots__ = ()
-    whole = True
-
-    def __init__(self, applied: Applied, statistics: Sequence[Expr]) -> None:
-        super().__init__([applied, *statistics], applied.shape, applied.dtype, applied.origin)
-
-    @property
-    def identity(self) -> str:
-        applied = self.args[0]
-        assert isinstance(applied, Applied)
-        return f"{applied.op.name}\0{sorted(applied.params.items())!r}\0{sorted(applied.extra.items())!r}"
-
-    def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> NDArray[Any]:
-        applied, *statistics = self.args
-        assert isinstance(applied, Applied)
-        tensors = [torch.from_numpy(fetch(s)).reshape(s.shape) for s in statistics]
-        op = replace(applied.op.with_statistics(tensors), arrays=None)
-        made = Applied(
-            op, applied.args, applied.params, self.shape, self.dtype, self.origin, extra=applied.extra, key=applied.key
-        )
-        return fetch(made, start, stop)
-
-
 class _Marker:
     """Stands where an input has no expression for a tensor."""
 
@@ -425,6 +414,10 @@ def _statistic_params(op: Op) -> list[str]:
     assert op.statistic is not None
     named = inspect.signature(op.statistic).parameters
     return [p.name for p in op.params if p.name in named]
+
+
+def _what(node: Node) -> str:
+    return {"weights": "weights", "statistics": "statistics", "mask": "a mask"}.get(node.space, "a delta")
 
 
 def _dims(shape: tuple[int, ...]) -> str:

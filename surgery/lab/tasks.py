@@ -15,9 +15,10 @@ from surgery.lab.measures import Measure
 from surgery.lab.outcome import Labelled, Language, Outcome, Scored
 from surgery.lab.subject import Subject
 
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")  # sweeps that learn by gradients learn from train; nothing is reported of it
 _COMMON = {
-    "kind": str, "validation": (str, dict, list), "test": (str, dict, list), "measures": list, "limit": int, "batch": int,
+    "kind": str, "train": (str, dict, list),
+    "validation": (str, dict, list), "test": (str, dict, list), "measures": list, "limit": int, "batch": int,
     "corruptions": (list, dict), "shift_of": str,
 }  # fmt: skip
 
@@ -111,7 +112,7 @@ class Task:
 
     def beside(self, path: str) -> Path:
         """Paths are relative to the file that names them."""
-        return self.folder / Path(path).expanduser()
+        return self.folder / Path(os.path.expanduser(path))
 
     def run(self, subject: Subject, split: str) -> Outcome:
         """What the model makes of every example. Raises Refused."""

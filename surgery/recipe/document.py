@@ -12,6 +12,7 @@ import yaml
 from surgery.errors import Refused, did_you_mean
 
 Path_ = tuple[Any, ...]
+MARK = "merge_method"  # in every file of mergekit's dialect
 _MAX_NODES = 100_000  # a recipe is small; aliases can make a small file enormous
 _MAX_BYTES = 2_000_000  # parsing takes some hundred times the memory
 _LARGEST = 2**64
@@ -50,6 +51,14 @@ def read_text(path: Path) -> str:
         raise Refused(f"{path}: not a text file") from None
     except OSError as problem:
         raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
+
+
+def may_be_dialect(path: Path) -> bool:
+    """Whether a file may be of mergekit's dialect; its reader is imported only then."""
+    try:
+        return MARK in read_text(path)
+    except Refused:
+        return False  # the reader of native recipes says what is wrong
 
 
 def check_size(text: str, where: object) -> None:

@@ -18,8 +18,7 @@ from surgery.graph.node import Node
 from surgery.graph.stitch import make
 from surgery.inputs import open_node
 from surgery.ops import registry
-from surgery.recipe.document import Document
-from surgery.recipe.mergekit.read import read_dialect
+from surgery.recipe.document import Document, may_be_dialect
 from surgery.vocabulary import Policy, align
 
 
@@ -33,9 +32,12 @@ class Recipe:
 
 def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe file into a graph; sources' headers are opened. Raises Refused with file:line:col."""
-    dialect = read_dialect(path, overrides)
-    if dialect is not None:
-        return Recipe(dialect.node, dialect.settings)
+    if may_be_dialect(Path(path)):
+        from surgery.recipe.mergekit.read import read_dialect
+
+        dialect = read_dialect(path, overrides)
+        if dialect is not None:
+            return Recipe(dialect.node, dialect.settings)
     document = Document(Path(path))
     if document.data is not None:
         document.override(overrides)

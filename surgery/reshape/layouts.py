@@ -27,6 +27,7 @@ class Layout:
     count: str  # config key of the number of experts
     shared: str = ""  # template of the shared expert, "" if the family has none
     shared_gate: str = ""
+    on_request: tuple[str, ...] = ()  # dense model types that it takes too, where a shared expert is asked for
 
     def expert_name(self, block: str, e: int, part: str) -> str:
         return self.expert.format(block=block, e=e, part=self.parts[part])
@@ -43,6 +44,8 @@ class Layout:
             size = dense["intermediate_size"]
             made |= {"moe_intermediate_size": size, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
             made |= {"shared_expert_intermediate_size": size} if self.shared else {}
+        if str(dense.get("model_type")) in self.on_request:
+            made |= {"qkv_bias": False, ORIGIN: {key: copy.deepcopy(dense.get(key)) for key in ("model_type", "architectures")}}
         return made
 
     def dense_config(self, mixture: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,15 +53,19 @@ class Layout:
         gone = {
             self.count, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef", "moe_intermediate_size",
             "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "shared_expert_intermediate_size",
-            "router_jitter_noise", ROUTED_SCALE,
+            "router_jitter_noise", ROUTED_SCALE, ORIGIN,
         }  # fmt: skip
         made = {k: copy.deepcopy(v) for k, v in mixture.items() if k not in gone}
         made |= {"architectures": [self.dense_architecture], "model_type": self.dense}
+        if ORIGIN in mixture:
+            made |= copy.deepcopy(mixture[ORIGIN])
+            made.pop("qkv_bias", None)
         if "moe_intermediate_size" in mixture:
             made["intermediate_size"] = mixture["moe_intermediate_size"]
         return made
 
 
+ORIGIN = "upcycled_from"  # config key: the dense model's type, where that is not the layout's own
 ROUTED_SCALE = "upcycled_routed_scale"  # config key: what `upcycle` multiplied the routed experts' down_proj by
 
 _SAME = {p: p for p in PARTS}
@@ -88,6 +95,7 @@ LAYOUTS = {
             "num_experts",
             "{block}.mlp.shared_expert.{part}.weight",
             "{block}.mlp.shared_expert_gate.weight",
+            ("llama", "mistral"),
         ),
         Layout(
             "qwen3_moe",
@@ -110,6 +118,10 @@ def dense_part(name: str) -> tuple[str, str] | None:
     return (found["block"], found["part"]) if found else None
 
 
-def for_dense(model_type: str) -> Layout | None:
-    """The layout that a dense model of this type is upcycled to."""
-    return next((layout for layout in LAYOUTS.values() if model_type in layout.accepts), None)
+def for_dense(model_type: str, shared: bool | None = None) -> Layout | None:
+    """The layout that a dense model of this type is upcycled to. shared: with a shared expert or without; None: its own."""
+    for layout in LAYOUTS.values():
+        accepts = layout.accepts if shared is None else (*layout.accepts, *layout.on_request)
+        if model_type in accepts and shared in (None, bool(layout.shared)):
+            return layout
+    return None

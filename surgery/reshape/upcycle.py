@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.source import open_source
 from surgery.graph.expr import Expr, weighted
-from surgery.graph.node import Node, SourceNode
+from surgery.graph.node import Node, SourceNode, sources_of
+from surgery.graph.values import at, show
 from surgery.reshape.layouts import LAYOUTS, PARTS, ROUTED_SCALE, Layout, dense_part, for_dense
+from surgery.reshape.mixing import given, learned, unmatched
 from surgery.reshape.parts import Noise
 
 SHARED_SHARE = 0.5  # the shared expert's gate starts at sigmoid(0)
@@ -34,25 +37,32 @@ class UpcycleNode(Node):
         top: int,
         gates: str,
         seed: int,
+        shared: bool | None = None,
     ) -> None:
         super().__init__(label, where)
         self.models = tuple(inputs)
         self.routers = None if gates in ("random", "zero") else SourceNode(open_source(gates), "gates")
         self.inputs = self.models if self.routers is None else (*self.models, self.routers)
         self.experts, self.top, self.gates, self.seed = experts, top, gates, seed
-        self.layout = self._layout()
+        self.layout = self._layout(shared)
         if not 1 <= top <= experts:
             raise self.refuse(f"`top` must be from 1 to the number of experts ({experts}), got {top}", key="top")
 
-    def _layout(self) -> Layout:
+    def _layout(self, shared: bool | None) -> Layout:
         config = self.inputs[0].config or {}
         kind = str(config.get("model_type"))
-        layout = for_dense(kind)
+        layout = for_dense(kind, shared)
         if layout is None:
-            known = ", ".join(t for one in LAYOUTS.values() for t in one.accepts)
-            raise self.refuse(f"upcycle knows dense models of type {known}; this one is {kind}", key="of")
+            choices = [t for one in LAYOUTS.values() if shared in (None, bool(one.shared)) for t in one.accepts]
+            choices += [t for one in LAYOUTS.values() if shared for t in one.on_request]
+            what = {None: "", True: " with a shared expert", False: " without a shared expert"}[shared]
+            known = ", ".join(choices)
+            raise self.refuse(f"upcycle{what} knows dense models of type {known}; this one is {kind}", key="of")
         if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-            raise self.refuse("Mixtral has no biases, this model has: it cannot be upcycled to that layout", key="of")
+            name = "Mixtral" if layout.name == "mixtral" else "Qwen2-MoE's feed-forward layer and output projection"
+            raise self.refuse(f"{name} has no biases, this model has: it cannot be upcycled to that layout", key="of")
+        if kind in layout.on_request and config.get("sliding_window"):
+            raise self.refuse("a sliding window of attention has no counterpart in Qwen2-MoE", key="shared")
         return layout
 
     def _build(self) -> dict[str, Expr]:
@@ -130,8 +140,8 @@ class DowncycleNode(Node):
         label: str | None,
         where: Mapping[str, str],
         *,
-        shared_weight: float,
-        weights: Sequence[float] | None,
+        shared_weight: float | Mapping[str, float],
+        weights: str | Sequence[float] | Mapping[str, Sequence[float]] | None,
     ) -> None:
         super().__init__(label, where)
         self.inputs = (node,)
@@ -143,10 +153,13 @@ class DowncycleNode(Node):
         self.layout = found
         self.experts = int(config.get(found.count, 0))
         self.routed_scale = float(config.get(ROUTED_SCALE, 1.0))
-        if weights is not None and len(weights) != self.experts:
-            raise self.refuse(f"`weights` has {len(weights)} values for {self.experts} experts", key="weights")
-        if weights is not None and abs(sum(weights) - 1.0) > 1e-6:
-            raise self.refuse(f"`weights` must sum to 1, they sum to {sum(weights):g}", key="weights")
+        try:
+            if isinstance(weights, str):
+                self._shares = learned(Path(weights), self.experts, [s.source for s in sources_of(node)])
+            else:
+                self._shares = given(weights, self.experts)
+        except ValueError as problem:
+            raise self.refuse(str(problem), key="weights") from None
 
     def _build(self) -> dict[str, Expr]:
         tensors, layout = self.inputs[0].tensors, self.layout
@@ -169,21 +182,49 @@ class DowncycleNode(Node):
                 made[name] = expr
             else:
                 block, part = known[name]
-                made.setdefault(f"{block}.mlp.{part}.weight", self._mixed(block, part))
+                dense = f"{block}.mlp.{part}.weight"
+                if dense not in made:
+                    made[dense] = self._mixed(dense, block, part)
+        for key, value in (("weights", self.weights), ("shared_weight", self.shared_weight)):
+            glob = unmatched(value, [f"{b}.mlp.{p}.weight" for b in blocks for p in PARTS])
+            if glob is not None:
+                raise self.refuse(f"`{key}`: no feed-forward matrix matches `{glob}`", key=key)
         return made
+
+    @property
+    def share_of_shared(self) -> float:
+        """The shared expert's share where it is one number for all."""
+        assert isinstance(self.shared_weight, int | float)
+        return float(self.shared_weight)
+
+    def experts_of(self, dense: str) -> tuple[Expr | None, list[Expr]]:
+        """What the matrix `….mlp.PART.weight` is mixed from: the shared expert's, if there is one, and the routed ones'."""
+        block, _, rest = dense.rpartition(".mlp.")
+        part = rest.removesuffix(".weight")
+        tensors, layout = self.inputs[0].tensors, self.layout
+        undo = 1.0 / self.routed_scale if part == "down_proj" else 1.0
+        routed = [tensors[layout.expert_name(block, e, part)] for e in range(self.experts)]
+        routed = [weighted([undo], [x], x.shape, x.dtype, self) for x in routed]
+        return tensors[layout.shared_name(block, part)] if layout.shared else None, routed
 
     def _is_router(self, name: str) -> bool:
         return name.endswith(self.layout.router.removeprefix("{block}"))
 
-    def _mixed(self, block: str, part: str) -> Expr:
+    def _mixed(self, dense: str, block: str, part: str) -> Expr:
         tensors, layout = self.inputs[0].tensors, self.layout
-        weights = self.weights or [1.0 / self.experts] * self.experts
-        routed = (1.0 - self.shared_weight) if layout.shared else 1.0
+        shared = at(self.shared_weight, dense, 0.0, None)
+        if shared is None:
+            raise self.refuse(f"no glob of `shared_weight` matches `{dense}`; end the map with \"*\"", key="shared_weight")
+        try:
+            weights = self._shares(dense)
+        except ValueError as problem:
+            raise self.refuse(str(problem), key="weights") from None
+        routed = (1.0 - shared) if layout.shared else 1.0
         undo = 1.0 / self.routed_scale if part == "down_proj" else 1.0
         coefs = [routed * w * undo for w in weights]
         names = [layout.expert_name(block, e, part) for e in range(self.experts)]
         if layout.shared:
-            coefs.append(self.shared_weight)
+            coefs.append(shared)
             names.append(layout.shared_name(block, part))
         lacking = [n for n in names if n not in tensors]
         if lacking:
@@ -198,4 +239,5 @@ class DowncycleNode(Node):
 
     @property
     def text(self) -> str:
-        return f"shared_weight={self.shared_weight:g} weights={self.weights or 'equal'}"
+        weights = "equal" if self.weights is None else self.weights if isinstance(self.weights, str) else show(self.weights)
+        return f"shared_weight={show(self.shared_weight)} weights={weights}"

@@ -174,3 +174,12 @@ def test_refused_with_one_line(args: tuple[str, ...], message: str, tmp_path: Pa
     done = surgery("lora", *args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_rank_above_every_matrix_is_refused(tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    tuned(tmp_path / "tuned")
+    done = surgery("lora", "extract", tmp_path / "tuned", "--base", tmp_path / "base", "-o", tmp_path / "out", "--rank", "5000")
+    assert done.returncode == 2
+    assert "--rank 5000: above every matrix; the largest rank is" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -206,8 +206,9 @@ def test_modules_of_a_composite_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("MERGEKIT_PYTHON" not in os.environ, reason="MERGEKIT_PYTHON does not name a Python with mergekit")
-def test_files_are_those_of_mergekit(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "parity_files.py"
+@pytest.mark.parametrize("name", ["parity_files.py", "parity_tokens.py"])
+def test_files_are_those_of_mergekit(tmp_path: Path, name: str) -> None:
+    script = ROOT / "benchmarks" / name
     command = [sys.executable, script, "--peer", os.environ["MERGEKIT_PYTHON"], "--work", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -194,6 +194,41 @@ def test_a3_row_09_relative_paths_work_offline(tmp_path: Path) -> None:
     assert len(read_checkpoint(tmp_path / "org/out")) == 12
 
 
+def test_a3_row_10_a_changed_intermediate_is_computed_again(tmp_path: Path) -> None:
+    """Nothing is kept of named documents: the result is that of the file as it is now."""
+    trio(tmp_path, dtype=np.float32)
+    text = (
+        "merge_method: linear\nname: half\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+        "  - {model: b, parameters: {weight: WEIGHT}}\n---\n"
+        "merge_method: linear\nmodels:\n  - {model: half, parameters: {weight: 1}}\n  - {model: base, parameters: {weight: 1}}\n"
+    )
+    a, b, base = (read_checkpoint(tmp_path / n) for n in ("a", "b", "base"))
+    for weight in (1.0, 3.0):
+        (tmp_path / "m.yml").write_text(text.replace("WEIGHT", str(weight)))
+        run(tmp_path / "m.yml", tmp_path / "out", overwrite=True)
+        for name, value in read_checkpoint(tmp_path / "out").items():
+            wanted = ((a[name] + weight * b[name]) / (1.0 + weight) + base[name]) / 2
+            np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+    assert not [p for p in tmp_path.iterdir() if "half" in p.name]
+
+
+def test_a3_row_11_an_adapter_trained_again_is_read_again(tmp_path: Path) -> None:
+    """No merged copy of base and adapter is kept anywhere, neither on disk nor in the process."""
+    base = llama(tmp_path / "base", 0, dtype=np.float32)
+    (tmp_path / "m.yml").write_text("merge_method: passthrough\nmodels: [{model: base+adapter}]\n")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((2, 8), dtype=np.float32), rng.standard_normal((8, 2), dtype=np.float32)
+        stem = "base_model.model.model.layers.0.self_attn.q_proj"
+        write_file(tmp_path / "adapter" / "adapter_model.safetensors", {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b})
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        write_json(tmp_path / "adapter" / "adapter_config.json", config)
+        run(tmp_path / "m.yml", tmp_path / "out", overwrite=True)
+        got = read_checkpoint(tmp_path / "out")[name]
+        np.testing.assert_allclose(got, read_checkpoint(base)[name] + b @ a, rtol=1e-5, atol=1e-6)
+
+
 def test_a3_row_12_output_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error midway leaves OUT absent and a resumable OUT.partial; a full disk is noticed before work begins."""
     from surgery.checkpoint.writer import Writer
@@ -295,6 +330,16 @@ def test_a3_row_18_model_stock_of_small_deltas(tmp_path: Path) -> None:
     run(recipe(tmp_path, "out: {op: stock, of: [base, a, b]}"), tmp_path / "out")
     for name, value in read_checkpoint(tmp_path / "out").items():
         np.testing.assert_allclose(value - base[name], moved[name] - base[name], rtol=1e-2, atol=3e-7)
+
+
+@pytest.mark.parametrize("method", ["ramplus_tl", "arcee_fusion"])
+def test_a3_row_19_half_precision_stays_half(tmp_path: Path, method: str) -> None:
+    trio(tmp_path)  # bfloat16
+    models = "  - {model: a}\n" + ("  - {model: b}\n" if method == "ramplus_tl" else "")
+    (tmp_path / "m.yml").write_text(f"merge_method: {method}\nbase_model: base\nmodels:\n{models}")
+    run(tmp_path / "m.yml", tmp_path / "out")
+    assert {str(v.dtype) for v in read_checkpoint(tmp_path / "out").values()} == {"bfloat16"}
+    assert config_of(tmp_path / "out").get("dtype", config_of(tmp_path / "out").get("torch_dtype")) == "bfloat16"
 
 
 def test_a3_row_20_random_masks_belong_to_the_tensor(tmp_path: Path) -> None:

@@ -85,13 +85,34 @@ def test_copies_and_cuts_keep_codes_and_scales(tmp_path):
     assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_other_quantisation_is_refused_with_the_mend(tmp_path):
-    path = tmp_path / "a"
-    path.mkdir()
-    save_file({"x.qweight": torch.ones(4, 4, dtype=torch.int32), "x.scales": torch.ones(1, 4).half()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(surgery.Refused, match="gptq"):
-        ops.average(surgery.open(path), surgery.open(path)).plan()
+PACKED = {  # quant_method -> tensors beside a norm, words of the mend
+    "gptq": ({"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}, "quantised from"),
+    "awq": ({"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}, "quantised from"),
+    "bitsandbytes": ({"weight": torch.uint8, "weight.absmax": torch.float32}, "dequantize()"),
+    "mxfp4": ({"down_proj_blocks": torch.uint8, "down_proj_scales": torch.uint8}, "Mxfp4Config(dequantize=True)"),
+}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("method", list(PACKED))
+def test_packed_codes_are_refused_with_the_mend(tmp_path, method, stated):
+    """Whatever computes with any of their tensors, the float scales included; a config that says nothing does not help."""
+    tensors, mend = PACKED[method]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        made = {f"x.q.{n}": torch.ones(4, 4).to(kind) for n, kind in tensors.items()} | {"norm.weight": torch.ones(4)}
+        save_file(made, tmp_path / name / "model.safetensors")
+        config = {"quantization_config": {"quant_method": method, "bits": 4}} if stated else {}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    save_file({"x.q.weight": torch.ones(4, 4), "norm.weight": torch.ones(4)}, tmp_path / "plain.safetensors")
+    a, b, plain = (surgery.open(tmp_path / n) for n in ("a", "b", "plain.safetensors"))
+    for make in (lambda: ops.average(a, b).plan(), lambda: (a * 0.5).plan(), lambda: (a - plain).plan(),
+                 lambda: a.plan(dtype="bfloat16")):  # fmt: skip
+        with pytest.raises(surgery.Refused, match=f"is quantised .*{method if stated else ''}.*packed codes") as found:
+            make()
+        assert mend in found.value.hint
+    a.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
 
 
 def test_gguf_is_recognised(tmp_path):
@@ -101,3 +122,43 @@ def test_gguf_is_recognised(tmp_path):
         with pytest.raises(surgery.Refused, match="GGUF") as found:
             surgery.open(path if path.parent == tmp_path else path.parent)
         assert "gguf_file" in str(found.value)
+
+
+def test_the_mend_for_gguf_works(tmp_path, monkeypatch):
+    """What the refusal of a GGUF file says to type makes a checkpoint that holds the weights, to the rounding of Q8_0."""
+    gguf = pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "GgufConfig"):
+        pytest.skip("transformers before 5")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_name("tiny")
+    for add, value in (
+        (writer.add_context_length, 64), (writer.add_embedding_length, 32), (writer.add_block_count, 1),
+        (writer.add_feed_forward_length, 64), (writer.add_head_count, 4), (writer.add_head_count_kv, 4),
+        (writer.add_layer_norm_rms_eps, 1e-6), (writer.add_rope_dimension_count, 8), (writer.add_vocab_size, 64),
+    ):  # fmt: skip
+        add(value)
+    names, kind = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1), gguf.GGMLQuantizationType.Q8_0
+    for name, value in ((n, v.numpy()) for n, v in model.state_dict().items()):
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp's order of rotary pairs
+            value = value.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+        matrix = value.ndim == 2
+        known = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(known, gguf.quantize(value, kind) if matrix else value, raw_dtype=kind if matrix else None)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(surgery.Refused) as found:
+        surgery.open(tmp_path / "m.gguf")
+    monkeypatch.chdir(tmp_path)
+    typed = found.value.hint[found.value.hint.index("AutoModel") :]
+    eval(typed, {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "GgufConfig": transformers.GgufConfig})
+    unpacked = surgery.open(tmp_path / "unpacked")
+    for name, value in model.state_dict().items():
+        assert (unpacked[name].compute().float() - value).abs().max() <= value.abs().max() / 100
+    ops.average(unpacked, unpacked).plan()

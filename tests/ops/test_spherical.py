@@ -35,16 +35,17 @@ def arc(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
 def test_nuslerp(kind: str, shape: tuple[int, ...]) -> None:
     a, b = xs = make(kind, shape, 2)
     for weight in ([1, 1], [0.7, 0.3], [0, 1], [1, 0], [1, -1], [2, -0.5]):
-        t = 0.5 if sum(weight) == 0 else weight[1] / sum(weight)
+        even = sum(weight) == 0
+        t, like = (0.5, "mergekit") if even else (weight[1] / sum(weight), None)
         x, y = exact(xs)
-        close(ops.nuslerp(a, b, weight=weight), arc(x, y, t), xs, 10)
+        close(ops.nuslerp(a, b, weight=weight, like=like), arc(x, y, t), xs, 10)
         rows, length = rows_of(shape)
         by_row = [arc(p, q, t) for p, q in zip(x.reshape(rows, length), y.reshape(rows, length), strict=True)]
-        close(ops.nuslerp(a, b, weight=weight, flatten=False), np.array(by_row).reshape(shape), xs, 10)
+        close(ops.nuslerp(a, b, weight=weight, flatten=False, like=like), np.array(by_row).reshape(shape), xs, 10)
         flat = [v.reshape(shape[0] if shape else 1, -1) if v.size else v.reshape(0, 0) for v in (x, y)]
         by_column = [arc(p, q, t) for p, q in zip(flat[0].T, flat[1].T, strict=True)]
         columns = np.array(by_column).T.reshape(shape) if x.size else x
-        close(ops.nuslerp_columns(a, b, weight=weight), columns, xs, 10)
+        close(ops.nuslerp_columns(a, b, weight=weight, like=like), columns, xs, 10)
 
 
 def test_nuslerp_edges() -> None:
@@ -56,6 +57,9 @@ def test_nuslerp_edges() -> None:
     with pytest.raises(ValueError, match="nuslerp_columns"):
         ops.nuslerp(a, b, flatten=False, row_wise=True)
     assert torch.equal(ops.nuslerp(a, b, row_wise=True), ops.nuslerp(a, b))
+    for op in (ops.nuslerp, ops.nuslerp_columns):
+        with pytest.raises(ValueError, match="sum to zero"):
+            op(a, b, weight=[2, -2])
 
 
 def test_columns_of_tensors_with_many_axes() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import llama, plan, recipe, surgery, trio
+from helpers import llama, plan, recipe, surgery, trio, write_checkpoint
 
 import surgery as package
 from surgery.errors import Refused
@@ -46,6 +47,16 @@ CASES = {
                          "add: `weight` has 3 values for 2 deltas", ""),
     "one_gradient": (STEPS.replace("  e: {op: diff, of: [b, base]}\n", "") + "  out: {op: add, of: [base, d], weight: [1, 2]}\n"
                      + OUT, "7:33", "`weight` has 2 values for 1 deltas; a gradient over depth is written weight: [[1, 2]]", ""),
+    "number_beyond_float32": (BOTH.replace("d, e]}", "d, e], weight: 1e39}"), "8:36", "out: `weight` must be at most 3.4e+38",
+                              ""),
+    "weight_beyond_the_output": (BOTH.replace("d, e]}", "d, e], weight: 1e5}").replace("{from: out}", "{from: out, dtype: float16}"),
+                                 "8:3", "overflows float16 (largest 6.55e+04)", "a wider output dtype"),
+    "rank_above_every_matrix": (STEPS + "  t: {op: truncate_rank, of: d, rank: 999}\n  out: {op: add, of: [base, t, e]}\n" + OUT,
+                                "8:33", "t: `rank: 999` is above every matrix: the largest rank is", "or less"),
+    "weights_sum_to_zero": (MODELS + "steps:\n  out: {op: average, of: [base, a, b], weight: [2, -1, -1]}\n" + OUT, "6:40",
+                            "the weights [2, -1, -1] sum to zero", ""),
+    "shares_sum_to_zero": (MODELS.replace("  base: base\n", "") + "steps:\n  out: {op: nuslerp, of: [a, b], weight: [1, -1]}\n" + OUT,
+                           "5:34", "the weights [1, -1] sum to zero", ""),
     "density_too_high": (STEPS + "  t: {op: ties, of: [d, e], density: 1.01}\n  out: {op: add, of: [base, t]}\n" + OUT,
                          "8:29", "t: `density` must be number > 0, ≤ 1, got 1.01", ""),
     "density_of_nothing": (STEPS + "  t: {op: ties, of: [d, e], density: 0}\n  out: {op: add, of: [base, t]}\n" + OUT,
@@ -213,3 +224,27 @@ def test_the_command_line_prints_no_traceback(tmp_path: Path) -> None:
     done = surgery("plan", path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {path}:3:") and "\nhint: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_rank_above_some_matrices_is_noted(tmp_path: Path) -> None:
+    """One number holds for all tensors: narrow ones are kept whole, and the plan says which."""
+    for seed, name in enumerate(("base", "a")):
+        rng = np.random.default_rng(seed)
+        shapes = {"layers.0.wide": (20, 30), "layers.0.narrow": (30, 4)}
+        write_checkpoint(tmp_path / name, {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()})
+    text = "models: {base: base, a: a}\nsteps:\n  d: {op: diff, of: [a, base]}\n  t: {op: truncate_rank, of: d, rank: RANK}\n"
+    text += "  out: {op: add, of: [base, t]}\noutput: {from: out}\n"
+    (tmp_path / "r.yaml").write_text(text.replace("RANK", "5"))
+    assert any("rank 5 is above" in w and "kept whole" in w for w in plan(tmp_path / "r.yaml").warnings)
+    (tmp_path / "r.yaml").write_text(text.replace("RANK", "2"))
+    assert not any("is above" in w for w in plan(tmp_path / "r.yaml").warnings)
+
+
+def test_what_an_operator_cannot_do_for_small_matrices_is_noted(tmp_path: Path) -> None:
+    trio(tmp_path)  # hidden size 8
+    text = "models: {base: base, a: a, b: b}\nsteps:\n  d: {op: diff, of: [a, base]}\n  e: {op: diff, of: [b, base]}\n"
+    text += "  t: {op: iso_cts, of: [d, e], common: COMMON}\n  out: {op: add, of: [base, t]}\noutput: {from: out}\n"
+    (tmp_path / "r.yaml").write_text(text.replace("COMMON", "0.9"))
+    assert any("the result is that of iso_c" in w for w in plan(tmp_path / "r.yaml").warnings)
+    (tmp_path / "r.yaml").write_text(text.replace("COMMON", "0.5"))
+    assert not any("iso_c" in w for w in plan(tmp_path / "r.yaml").warnings)

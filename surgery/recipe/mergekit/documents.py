@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from surgery.errors import Refused
-from surgery.recipe.document import Document, Loader, check_size, not_yaml, read_text
+from surgery.recipe.document import MARK, Document, Loader, check_size, may_be_dialect, not_yaml, read_text
 
-MARK = "merge_method"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -40,7 +39,8 @@ class Part(Document):
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if key.tag == _MERGE and isinstance(other, yaml.MappingNode):
                         for pair in self._with_merged(other, (*above, id(node))):
-                            taken.setdefault(pair[0].value, pair)
+                            name = pair[0].value if isinstance(pair[0], yaml.ScalarNode) else id(pair[0])  # refused later
+                            taken.setdefault(name, pair)
             names = {key.value for key, _ in own if isinstance(key, yaml.ScalarNode)}
             self._pairs[id(node)] = [pair for name, pair in taken.items() if name not in names] + own
         return self._pairs[id(node)]
@@ -51,12 +51,9 @@ def read_documents(path: Path) -> list[Part] | None:
 
     Raises Refused for what is no YAML in a file that may be of the dialect.
     """
-    try:
-        text = read_text(path)
-    except Refused:
-        return None  # the reader of native recipes says what is wrong
-    if MARK not in text:
+    if not may_be_dialect(path):
         return None
+    text = read_text(path)
     loader = Loader(text)
     parts = []
     try:

@@ -44,6 +44,7 @@ class Job:
     place: str
     seeds: dict[str, int]
     fixed: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # native parameter -> where it was read last
 
     @property
     def method(self) -> Method:
@@ -84,7 +85,8 @@ class Job:
             return None
         shift = self.frame.start if of is None else of.shift
         param = registry[op].param(native or name)
-        made = self.resolver.native(found, shift, param)
+        made = self.resolver.native(name, found, shift, param)
+        self.places[native or name] = found[0].place or self.place
         if param is not None and param.fixed and isinstance(made, dict | list):
             raise Refused(f"{found[0].place}: `{name}` cannot vary over the model")
         return made
@@ -118,7 +120,7 @@ class Job:
         """A step whose messages point to where its parameters are written."""
         if op not in registry:
             raise Refused(f"{self.place}: {self.method.name} needs the operator `{op}`, which is not installed here")
-        where = {"": self.place, "of": self.place} | dict.fromkeys(keys, self.place)
+        where = {"": self.place, "of": self.place} | {key: self.places.get(key, self.place) for key in keys}
         return self.draft.step(hint + self.suffix, op, of, where, **keys)
 
     def delta(self, of: Input) -> str:

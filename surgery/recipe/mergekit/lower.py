@@ -46,6 +46,8 @@ def _slerp(job: Job) -> str:
 
 def _nuslerp(job: Job) -> str:
     keys: dict[str, Any] = {"weight": job.each("weight", "nuslerp", job.others)}
+    if job.compat:
+        keys["like"] = "mergekit"
     if job.switch("nuslerp_flatten"):
         return _on_deltas_if_based(job, "nuslerp", keys)
     if job.switch("nuslerp_row_wise"):  # the name notwithstanding, it takes the first axis

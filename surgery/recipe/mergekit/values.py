@@ -196,9 +196,9 @@ class Resolver:
             name: next((e for e in found if filter_matches(e.filter, s, compat=compat)), None) for name, s in seen.items()
         }
 
-    def native(self, found: Sequence[Entry], shift: int, param: Param | None) -> Any:
-        """A scalar, a gradient or a map of globs to either. param: the native parameter, for its range."""
-        self._check_range(found, param)
+    def native(self, name: str, found: Sequence[Entry], shift: int, param: Param | None) -> Any:
+        """A scalar, a gradient or a map of globs to either. name: the dialect's; param: the native parameter, for its range."""
+        self._check_range(name, found, param)
         if _plain(found):
             return found[0].value
         frame = self.frame
@@ -293,12 +293,12 @@ class Resolver:
                 made[exactly(name)] = entry.value[0]
         return made
 
-    def _check_range(self, found: Sequence[Entry], param: Param | None) -> None:
+    def _check_range(self, name: str, found: Sequence[Entry], param: Param | None) -> None:
         for entry in found:
             for value in entry.value if isinstance(entry.value, tuple) else (entry.value,):
                 problem = param.problem(value) if param is not None else None
                 if problem and param is not None:
-                    raise Refused(f"{entry.place}: `{param.name}` {problem}, got {value!r}")
+                    raise Refused(f"{entry.place}: `{name}` {problem}, got {value!r}")
 
 
 def _plain(found: Sequence[Entry]) -> bool:
