@@ -18,6 +18,7 @@ from surgery.ops import (  # noqa: F401
     cocktail,
     consensus,
     della,
+    elect,
     emr,
     fisher,
     fusion,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from surgery.ops.arrays import on_tensors
+from surgery.ops.blocks import Magnitudes, Step, Watch
 from surgery.ops.declare import choice, number, pointwise, takes
-from surgery.ops.select import Cut, TopK, kept
+from surgery.ops.fast import kernels
+from surgery.ops.select import Cut, Limit, TopK, kept
 from surgery.ops.statistics import Array, At, l1
 
 if TYPE_CHECKING:
@@ -34,12 +36,57 @@ class Band(NamedTuple):
         return mask
 
 
+class _Cutting:
+    """Setting to zero what lies outside the band in consecutive blocks, and scaling the rest. Needs the kernels."""
+
+    def __init__(self, band: Band, at: At) -> None:
+        self._kernels = kernels("select_kernels")
+        nothing = Limit(np.inf)
+        bottom = nothing if band.bottom is None else Limit.of(band.bottom, at, np.float32)
+        top = nothing if band.top is None else Limit.of(band.top, at, np.float32)
+        self._thresholds = np.array([bottom.threshold, top.threshold], np.float32)
+        self._ties = np.array([bottom.ties, top.ties], np.int64)
+        self._factor = np.float32(band.factor)
+
+    def __call__(self, x: Array, out: Array) -> None:
+        self._kernels.band(x, self._thresholds, self._ties, self._factor, out)
+
+
+class _Twice:
+    """One delta seen by two searches, or one, or none."""
+
+    def __init__(self, watch: Watch, times: int) -> None:
+        self._watch, self._times, self.seen = watch, times, watch.seen
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        self._watch.see([*inputs] * self._times)
+
+
+class _Norms:
+    """See the second half of `FindBand.observe`."""
+
+    def __init__(self, band: Band, at: At) -> None:
+        self._cut = _Cutting(band._replace(factor=1.0), at)
+        self._whole, self._left = Magnitudes(), Magnitudes()
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        (x,) = inputs
+        left = np.empty_like(x)
+        self._cut(x, left)
+        self._whole.add(x)
+        self._left.add(left)
+
+    def seen(self) -> tuple[float, float]:
+        return self._whole.total, self._left.total
+
+
 class FindBand:
     """Statistic: the Band of the `keep` elements after the `skip` largest; with `rescale`, also its factor."""
 
     def __init__(self, keep: int, skip: int, sizes: Sequence[int], rescale: bool) -> None:
-        self._keep, self._skip, self._rescale = keep, skip, rescale
+        self._rescale = rescale
         counts = ([keep + skip] if keep else []) + ([skip] if keep and skip else [])
+        self._cuts = len(counts)
         self._search: TopK | None = TopK([], sizes, counts=counts)
         self._band = Band(None, None)
 
@@ -50,11 +97,18 @@ class FindBand:
     def observe(self, inputs: Sequence[Array], at: At) -> Any:
         (x,) = inputs
         if self._search is not None:
-            return self._search.observe([x] * (bool(self._keep) + bool(self._keep and self._skip)), at)
+            return self._search.observe([x] * self._cuts, at)
         whole = l1(x)
         if not np.isfinite(whole):
             raise FloatingPointError("a norm is not finite")
         return whole, l1(x * self._band.mask(x, at))
+
+    def watch(self, at: At, count: int) -> Watch | None:
+        """See `surgery.ops.blocks.Watch`."""
+        if self._search is not None:
+            watch = self._search.watch(at, count)
+            return watch and _Twice(watch, self._cuts)
+        return _Norms(self._band, at) if kernels() is not None else None
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         if self._search is None:
@@ -91,6 +145,15 @@ def _breadcrumbs(
     return x * (mask if measured.factor == 1.0 else mask * x.dtype.type(measured.factor))
 
 
+def _on_blocks(count: int, *, density: float, at: At, measured: Band | None = None, **_: Any) -> Step | None:
+    if kernels() is None:
+        return None
+    if measured is None:
+        return lambda inputs, out: np.copyto(out, inputs[0])
+    cut = _Cutting(measured, at)
+    return lambda inputs, out: cut(inputs[0], out)
+
+
 @pointwise(
     "breadcrumbs",
     takes=takes("delta", space="delta"),
@@ -104,6 +167,7 @@ def _breadcrumbs(
     statistic=_statistic,
     needs=("at",),
     arrays=_breadcrumbs,
+    blocks=_on_blocks,
 )
 def breadcrumbs(
     deltas: Sequence[Tensor], *, density: float, gamma: float, rescale: str, at: At, measured: Band | None = None

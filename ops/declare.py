@@ -108,7 +108,7 @@ class Takes:
     """
 
     names: tuple[str, ...]
-    space: str | tuple[str, ...]  # "weights", "delta", "same" (any, all alike), or one per name
+    space: str | tuple[str, ...]  # "weights", "delta", "mask", "same" (any, all alike), or one per name
     at_least: int
     at_most: float
     statistics: str = ""
@@ -164,6 +164,9 @@ class Op:
     # (count, shape, depth, **params): coefficients where the operator is a plain weighted sum for tensors of that shape
     copies: bool = False  # hands stored bytes on: codes of a quantised model stay what they are
     arrays: Callable[..., Any] | None = None  # the same function on numpy arrays, bit for bit: a run then needs no torch
+    blocks: Callable[..., Any] | None = None
+    """(count, at=, measured=, **params): a `surgery.ops.blocks.Step` that computes a piece of float32 numbers block by block,
+    bit for bit as `arrays`; or None if it cannot now."""
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
     remark: Callable[..., str | None] = field(default=lambda count, shape, **_: None)
     """(count, shape, **params): what the plan says of tensors of that shape, where the operator does less than its name."""

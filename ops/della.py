@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from surgery.ops.arrays import Mask, in_blocks, on_tensors
+from surgery.ops.blocks import Magnitudes, Step
 from surgery.ops.declare import choice, integer, number, pointwise, takes
 from surgery.ops.fast import kernels
-from surgery.ops.random import bits32
+from surgery.ops.random import draws, words
 from surgery.ops.statistics import Array, At, l1
 
 if TYPE_CHECKING:
@@ -20,12 +22,31 @@ _AT_A_TIME = 1 << 16  # elements sorted at a time, to stay in cache
 _ONE = 2**32
 
 
+@lru_cache(maxsize=64)
+def _table(row: int, density: float, epsilon: float) -> Array:
+    """The probability of being kept by twice the rank in a row, from 0, in units of 2**-32: uint32. Do not write into it."""
+    last = max(row - 1, 1)
+    share = np.arange(2 * row - 1) / (2 * last) if row > 1 else np.array([0.5])
+    return np.minimum(np.rint((density - epsilon + 2 * epsilon * share) * _ONE), _ONE - 1).astype(np.uint32)
+
+
+@lru_cache(maxsize=64)
+def _inverses(row: int, density: float, epsilon: float) -> Array:
+    """One over those probabilities: float32."""
+    made = _table(row, density, epsilon).astype(np.float32)
+    return np.divide(np.float32(_ONE), np.maximum(made, 1, out=made), out=made)
+
+
 def thresholds(x: Array, row: int, density: float, epsilon: float) -> Array:
     """Each element's probability of being kept, by its rank in its row, in units of 2**-32: uint32, flat as `x`."""
-    last = max(row - 1, 1)
-    share = np.arange(2 * row - 1) / (2 * last) if row > 1 else np.array([0.5])  # by twice the rank, from 0
-    table = np.minimum(np.rint((density - epsilon + 2 * epsilon * share) * _ONE), _ONE - 1).astype(np.uint32)
+    table = _table(row, density, epsilon)
+    if row == 1:
+        return np.full(len(x), table[0])
     made = np.empty(len(x), np.uint32)
+    compiled = kernels("rank_kernels") if x.dtype == np.float32 and x.flags.c_contiguous and row < _ONE // 2 else None
+    if compiled is not None:
+        compiled.limits(x, row, table, made)
+        return made
     step = max(1, _AT_A_TIME // row) * row
     for start in range(0, len(x), step):
         _by_rank(x[start : start + step].reshape(-1, row), table, made[start : start + step])
@@ -35,14 +56,6 @@ def thresholds(x: Array, row: int, density: float, epsilon: float) -> Array:
 def _by_rank(x: Array, table: Array, out: Array) -> None:
     """out[i] = table[twice element i's rank by magnitude in its row, from 0]; equal ones get the mean of their ranks."""
     rows, row = x.shape
-    if kernels() is not None and x.dtype == np.float32 and row < _ONE:
-        from surgery.ops import rank_kernels
-
-        keys = np.empty((rows, row), np.uint64)
-        rank_kernels.rank_keys(x.view(np.uint32), keys)
-        keys.sort(axis=1)
-        rank_kernels.spread_by_rank(keys, table, out.reshape(rows, row))
-        return
     ordered, order = _sorted(np.abs(x))
     first = np.ones((rows, row), dtype=bool)
     np.not_equal(ordered[:, 1:], ordered[:, :-1], out=first[:, 1:])
@@ -78,6 +91,50 @@ class Kept(NamedTuple):
     masks: dict[int, Mask]
 
 
+class _Keeping:
+    """Masking consecutive blocks of whole rows, and multiplying by `factors`, by twice the rank. Needs the kernels."""
+
+    def __init__(self, row: int, table: Array, factors: Array, seed: int, at: At) -> None:
+        self._keep, (self._first, self._second) = kernels("rank_kernels").keep, words(seed, at.key)
+        self._row, self._table, self._factors, self._place = row, table, factors, at.start
+
+    def __call__(self, x: Array, out: Array) -> None:
+        place = np.uint64(self._place)
+        self._keep(x, self._row, self._table, self._factors, self._first, self._second, place, out)
+        self._place += len(x)
+
+
+class _Watch:
+    """See `FindKept.observe`; where the delta is zero it counts as dropped."""
+
+    def __init__(self, keeping: _Keeping) -> None:
+        self._keeping, self._masks = keeping, [np.zeros(0, bool)]
+        self._whole, self._left = Magnitudes(), Magnitudes()
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        (x,) = inputs
+        left = np.empty_like(x)
+        self._keeping(x, left)
+        self._whole.add(x)
+        self._left.add(left)
+        self._masks.append(left != 0)
+
+    def seen(self) -> tuple[float, float, Mask]:
+        return self._whole.total, self._left.total, Mask.of(np.concatenate(self._masks))
+
+
+class _Masking:
+    """Multiplying consecutive blocks by a mask that is known, and a factor. Needs the kernels."""
+
+    def __init__(self, mask: Mask, factor: float) -> None:
+        self._masked, self._mask, self._factor, self._at = kernels("random_kernels").masked, mask.unpack(), factor, 0
+
+    def __call__(self, inputs: Sequence[Array], out: Array) -> None:
+        (x,) = inputs
+        self._masked(x, self._mask[self._at : self._at + len(x)], np.float32(self._factor), out)
+        self._at += len(x)
+
+
 class FindKept:
     """Statistic: what the mask keeps. Rows longer than a piece are left to the operator, which then sees the tensor whole."""
 
@@ -98,6 +155,14 @@ class FindKept:
         mask = _mask(x, thresholds(x, row, self._density, self._epsilon), self._seed, at)
         return whole, l1(x * mask), Mask.of(mask)
 
+    def watch(self, at: At, count: int) -> _Watch | None:
+        """See `surgery.ops.blocks.Watch`."""
+        row = at.row or 1
+        if kernels() is None or row == 1 or at.start % row or count % row:
+            return None
+        table = _table(row, self._density, self._epsilon)
+        return _Watch(_Keeping(row, table, np.ones(len(table), np.float32), self._seed, at))
+
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         if all(value is not None for _, value in seen):
             whole, left = np.sum([value[:2] for _, value in seen], axis=0)
@@ -113,7 +178,7 @@ def _factor(whole: float, left: float) -> float:
 
 
 def _mask(x: Array, limits: Array, seed: int, at: At) -> Array:
-    return bits32(seed, at.key, at.start, len(x)) < limits
+    return draws(seed, at.key, at.start, len(x)) < limits
 
 
 def _over_probability(arrays: Sequence[Array]) -> Array:
@@ -166,6 +231,31 @@ def _della(
     return x * (mask * kind(factor))
 
 
+def _on_blocks(
+    count: int,
+    *,
+    density: float,
+    epsilon: float,
+    rescale: str,
+    seed: int,
+    at: At,
+    measured: Kept | None = None,
+) -> Step | None:
+    row = at.row or 1
+    if kernels() is None:
+        return None
+    if density >= 1.0:
+        return lambda inputs, out: np.copyto(out, inputs[0])
+    if rescale == "l1":
+        return _Masking(measured.masks[at.start], measured.factor) if measured and at.start in measured.masks else None
+    if row == 1:
+        return None
+    table = _table(row, density, epsilon)
+    factors = _inverses(row, density, epsilon) if rescale == "inverse" else np.ones(len(table), np.float32)
+    keeping = _Keeping(row, table, factors, int(seed), at)
+    return lambda inputs, out: keeping(inputs[0], out)
+
+
 @pointwise(
     "della",
     takes=takes("delta", space="delta"),
@@ -181,6 +271,7 @@ def _della(
     needs=("at",),
     check=_check,
     arrays=_della,
+    blocks=_on_blocks,
 )
 def della(
     deltas: Sequence[Tensor],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +28,11 @@ def load() -> Any:
     return _loaded
 
 
-def kernels() -> Any:
-    """The kernels if they are loaded, else None: then do the same in numpy."""
-    return _loaded
+def kernels(module: str = "kernels") -> Any:
+    """The kernels of `surgery.ops.<module>` if kernels are loaded, else None: then do the same in numpy."""
+    if _loaded is None or module == "kernels":
+        return _loaded
+    return importlib.import_module(f"surgery.ops.{module}")
 
 
 def addresses(arrays: Sequence[NDArray[Any]]) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgery.ops.arrays import on_tensors
-from surgery.ops.declare import choice, number, pointwise, takes
+from surgery.ops.declare import Takes, choice, number, pointwise
 from surgery.ops.either import quiet
 from surgery.ops.select import Cut, TopK, kept
 from surgery.ops.statistics import Array, At
@@ -35,21 +35,23 @@ def _statistic(count: int, sizes: Sequence[int], *, share: float, **_: Any) -> M
 def _whole(count: int, shape: Sequence[int], depth: Any, *, share: float, threshold: float, **_: Any) -> list[float] | None:
     """For `reduces`: tensors of which all or nothing is taken are copied."""
     if share == 0.0:
-        return [0.0, 1.0]
-    return [1.0, 0.0] if share >= 1.0 and threshold == 0.0 else None
+        return [0.0, 1.0, 0.0][:count]
+    return [1.0, 0.0] if share >= 1.0 and threshold == 0.0 and count == 2 else None
 
 
 @quiet
 def _graft(
     inputs: Sequence[Array], *, share: float, threshold: float, scope: str, at: At, measured: list[Cut] | None = None
 ) -> Array:
-    tuned, base = inputs
+    tuned, base, *masks = inputs
     moved = np.abs(tuned - base)
     taken = moved > threshold if threshold > 0.0 else np.ones(len(moved), bool)
     if share == 0.0:
         taken[:] = False
     elif measured is not None:
         taken &= kept(moved, measured[0], at)
+    for mask in masks:
+        taken &= mask > 0.5
     made = np.where(taken, tuned, base)
     sound = np.isfinite(moved)
     if not sound.all():  # not chosen away: a run refuses it and names the tensor
@@ -59,7 +61,7 @@ def _graft(
 
 @pointwise(
     "graft",
-    takes=takes("tuned", "base", space="weights"),
+    takes=Takes(("tuned", "base", "mask"), ("weights", "weights", "mask"), at_least=2, at_most=3),
     gives="weights",
     locality="elementwise",
     params=[
@@ -76,21 +78,24 @@ def _graft(
 def graft(
     models: Sequence[Tensor], *, share: float, threshold: float, scope: str, at: At, measured: list[Cut] | None = None
 ) -> Tensor:
-    """Graft onto a base the elements of a fine-tune that moved most (skill localisation, without data).
+    """Graft onto a base the elements of a fine-tune that a mask names, or that moved most.
 
     Maths:
         delta = tuned - base
-        g = [ |delta| is among the int(share n) largest, at least one ] [ |delta| > threshold ]
+        g = [ mask ] [ |delta| is among the int(share n) largest, at least one ] [ |delta| > threshold ]
         out = tuned where g, else base, bit for bit
         n counts the elements of the whole model (scope: global) or of the tensor. What is not given does not cut: with
-        neither, out is the tuned model. Of equal magnitudes the first elements are taken.
+        none of them, out is the tuned model. Of equal magnitudes the first elements are taken.
     Shapes:
-        Two tensors of one shape -> the same shape. share may be a map from name glob to value. Tensors with share 0 stay the
-        base's, tensors with share 1 become the tuned model's; neither counts in n, and the other one is not read.
+        Two tensors of one shape, and a mask of that shape -> the same shape. Where the mask has no tensor, out is the base's.
+        A mask is what `surgery sweep` with `method: graft` learns, the authors' method; it is named last: of: [math, base,
+        math_mask]. share may be a map from name glob to value. Tensors with share 0 stay the base's, tensors with share 1
+        become the tuned model's; neither counts in n, and the other one is not read.
     Evidence:
         For: Panigrahi et al. 2023 recover over 95 % of what fine-tuning RoBERTa brought from 0.01 % of its parameters, with
-        masks that are learned; calibration error falls by 40 to 90 %. Against: this is their base patch, before learning: at
-        equal size it is worse than a learned mask, if better than a random one. They leave embeddings and heads out of graft
+        masks that are learned; calibration error falls by 40 to 90 %. Against: without a mask this is their base patch, before
+        learning: at equal size it is worse than a learned mask, if better than a random one. They leave embeddings and heads
+        out of graft
         and count.
     Known problems:
         How much is needed grows as models shrink: at 10^5 parameters 5 to 20 %, not 0.01 %. Half precision makes many changes

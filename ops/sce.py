@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from surgery.ops.arrays import Mask, in_blocks, on_tensors
+from surgery.ops.arrays import in_blocks, on_tensors
+from surgery.ops.blocks import Squares, Step
 from surgery.ops.declare import choice, number, pointwise, takes
-from surgery.ops.select import Cut, TopK, kept
+from surgery.ops.fast import addresses, kernels
+from surgery.ops.select import Cut, Limit, TopK, kept
 from surgery.ops.statistics import Array, At, gram
 
 if TYPE_CHECKING:
@@ -18,7 +20,13 @@ if TYPE_CHECKING:
 
 def spread(deltas: Sequence[Array]) -> Array:
     """Standard deviation over the deltas at each element, in their own precision; 0 exactly where all are equal."""
-    return np.zeros_like(deltas[0]) if len(deltas) == 1 else in_blocks(_spread, deltas)
+    if len(deltas) == 1:
+        return np.zeros_like(deltas[0])
+    if all(x.dtype == np.float32 and x.flags.c_contiguous for x in deltas) and kernels() is not None:
+        made = np.empty_like(deltas[0])
+        kernels("spread_kernels").spread(addresses(deltas), np.float32(1.0 / len(deltas)), made)
+        return made
+    return in_blocks(_spread, deltas)
 
 
 def _spread(deltas: Sequence[Array]) -> Array:
@@ -38,72 +46,109 @@ def _spread(deltas: Sequence[Array]) -> Array:
 
 def _variance(shifted: Sequence[Array]) -> Array:
     """Population variance of zero and the arrays given, which are overwritten."""
-    n = len(shifted) + 1
-    mean = shifted[0] / n
-    for x in shifted[1:]:
-        mean += x / n
+    share = shifted[0].dtype.type(1.0 / (len(shifted) + 1))
+    mean = np.zeros_like(shifted[0])
+    for x in shifted:
+        mean += x
+    mean *= share
     total = mean * mean
     for x in shifted:
         np.subtract(x, mean, out=x)
         total += np.multiply(x, x, out=x)
-    return np.divide(total, n, out=total)
+    return np.multiply(total, share, out=total)
+
+
+_LIGHT = 1e-6  # weights below it are multiplied in float64
+_FEW = 0.02  # half a bracket, as a share of all elements, up to which what lies inside is kept with the spreads
+_ALL = 1 << 20  # elements of which everything may be kept
 
 
 class Shares(NamedTuple):
-    """The elements selected (by their spread; None: all), also as masks by where pieces start, and the weight of each delta.
-
-    nothing: no element is selected.
-    """
+    """Which elements are selected, by their spread (None: all), and the weight of each delta. nothing: no element is."""
 
     cut: Cut | None
     weight: tuple[float, ...]
-    masks: dict[int, Mask]
     nothing: bool = False
 
 
+class _Look(NamedTuple):
+    """What one pass that sought the cut found in a piece: its size, how many elements differ, what the search makes of their
+    spreads, and of each delta the squares above the bracket and the values inside (None: not collected)."""
+
+    size: int
+    differ: int
+    found: Any
+    squares: Array | None = None
+    inside: list[Array] | None = None
+
+
 class FindShares:
-    """Statistic: the cut that selects `topk` of the elements that differ, and each delta's share of the squares there."""
+    """Statistic: the cut that selects `topk` of the elements that differ, and each delta's share of the squares there.
+
+    The pass that finds the cut also sums the squares above its bracket and keeps what lies inside. Where that would be too
+    much the squares take a pass of their own.
+    """
 
     def __init__(self, count: int, sizes: Sequence[int], topk: float, absolute: bool) -> None:
         self._total, self._topk, self._absolute = sum(sizes), topk, absolute
         self._search = TopK([], sizes, counts=[0]) if topk < 1.0 else None
-        self._shares = Shares(None, (1.0 / count,) * count, {})
+        self._shares = Shares(None, (1.0 / count,) * count)
 
     @property
     def sampled(self) -> bool:
         return self._search is not None and self._search.sampled
 
+    @property
+    def collects(self) -> bool:
+        """Whether the coming pass, which seeks the cut, can do with the squares as well."""
+        if self._search is None or self._search.sampled:
+            return False
+        _, _, single, half = self._search.bounds(0)
+        return not single and (half < _FEW or self._total <= _ALL)
+
     def observe(self, inputs: Sequence[Array], at: At) -> Any:
-        if self._search is not None:
-            differences, size = spread(inputs), len(inputs[0])
-            if not np.isfinite(differences.max(initial=0.0)):
-                raise FloatingPointError("a difference is not finite")
-            differ = np.count_nonzero(differences)
-            if differ < len(differences):
-                differences = differences[np.flatnonzero(differences)]
-            return size, differ, self._search.observe([differences], at)
-        cut = self._shares.cut
-        mask = None if cut is None else kept(spread(inputs), cut, at)
-        squares = np.array([_squares(x if mask is None else x * mask) for x in inputs])
-        if not np.isfinite(squares).all():
-            raise FloatingPointError("a norm is not finite")
-        return squares, None if mask is None else Mask.of(mask)
+        if self._search is None:
+            cut = self._shares.cut
+            mask = None if cut is None else kept(spread(inputs), cut, at)
+            return _finite(np.array([_squares(x if mask is None else x * mask) for x in inputs]))
+        differences, size = spread(inputs), len(inputs[0])
+        if not np.isfinite(differences.max(initial=0.0)):
+            raise FloatingPointError("a difference is not finite")
+        places = np.flatnonzero(differences)
+        some = differences if len(places) == size else differences[places]
+        found = self._search.observe([some], at)[0]
+        if not self.collects:
+            return _Look(size, len(places), found)
+        low, high, _, _ = self._search.bounds(0)
+        kind = differences.dtype.type
+        above = differences >= kind(high)
+        squares = _finite(np.array([_squares(x * above) for x in inputs]))
+        inside = np.flatnonzero((differences >= kind(low)) & ~above & (differences != 0))
+        return _Look(size, len(places), found, squares, [x[inside] for x in inputs])
+
+    def watch(self, at: At, count: int) -> _Watch | None:
+        """See `surgery.ops.blocks.Watch`."""
+        if kernels() is None or self.sampled:
+            return None
+        return _Watch(self._search, self.collects, self._shares.cut, at)
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         if self._search is not None:
             return self._select(seen)
-        total = np.sum([squares for _, (squares, _) in seen], axis=0)
-        self._shares.masks.update({at.start: mask for at, (_, mask) in seen if mask is not None})
+        self._weigh(np.sum([squares for _, squares in seen], axis=0))
+        return True
+
+    def _weigh(self, total: Array) -> None:
+        """Take in the sums of squares of what is selected."""
         mass = float(total.sum())
         if mass > 0.0 and not (self._absolute and mass / self._total < 1e-6):
             self._shares = self._shares._replace(weight=tuple((total / mass).tolist()))
-        return True
 
     def _select(self, seen: list[tuple[At, Any]]) -> bool:
         """Take in a pass that sought the cut; in a sample, the number of elements that differ is an estimate."""
         assert self._search is not None
-        sampled = self._search.sampled
-        looked, differ = (sum(v[i] for _, v in seen) for i in (0, 1))
+        sampled, collected = self._search.sampled, self.collects
+        looked, differ = sum(v.size for _, v in seen), sum(v.differ for _, v in seen)
         if sampled:
             differ = max(1, differ * self._total // max(looked, 1))
         keep = int(self._topk * differ)
@@ -111,16 +156,93 @@ class FindShares:
             self._shares, self._search = self._shares._replace(nothing=True), None
             return True
         self._search.keep(max(keep, 1), differ)
-        if self._search.conclude([(at, v[2]) for at, v in seen]):
-            self._shares, self._search = self._shares._replace(cut=self._search.result(0)[0]), None
-        return False
+        if not self._search.conclude([(at, [v.found]) for at, v in seen]):
+            return False
+        cut = self._search.result(0)[0]
+        self._shares, self._search = self._shares._replace(cut=cut), None
+        if collected:
+            self._weigh(np.sum([_selected(v, cut, at) for at, v in seen], axis=0))
+        return collected
 
     def result(self, part: int) -> Shares:
         return self._shares
 
 
+def _selected(look: _Look, cut: Cut, at: At) -> Array:
+    """The squares of what a cut selects of a piece, of each delta. What the search gathered are the spreads of `inside`."""
+    assert look.squares is not None and look.inside is not None
+    mask = kept(look.found[1], cut, at)
+    wide = (x[mask].astype(np.float64) for x in look.inside)
+    return _finite(look.squares + np.array([np.einsum("i,i->", x, x) for x in wide]))
+
+
+class _Watch:
+    """See `FindShares.observe`."""
+
+    def __init__(self, search: TopK | None, collects: bool, cut: Cut | None, at: At) -> None:
+        self._search, self._collects, self._kernels = search, collects, kernels("spread_kernels")
+        self._limit = Limit.of(cut, at, np.float32)
+        self._ties, self._every = self._limit.ties, search is None and cut is None
+        self._low, self._high, self._single, _ = (0.0, 0.0, True, 1.0) if search is None else search.bounds(0)
+        self._size, self._counts = 0, [0, 0, 0]  # that differ, above, inside
+        self._squares: list[Squares] = []
+        self._gathered: list[list[Array]] = []
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        if not self._squares:
+            self._squares, self._gathered = [Squares() for _ in inputs], [[] for _ in range(len(inputs) + 1)]
+        size = len(inputs[0])
+        self._size += size
+        differences = None if self._every else spread(inputs)
+        if self._search is not None:
+            assert differences is not None
+            places = np.empty(0 if self._single else size, np.int64)
+            bounds = np.float32(self._low), np.float32(self._high)
+            *counts, sound = self._kernels.look(differences, *bounds, not self._single, places)
+            if not sound:
+                raise FloatingPointError("a difference is not finite")
+            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+            if not self._single:
+                inside = places[: counts[2]]
+                for into, x in zip(self._gathered, [differences, *inputs], strict=True):
+                    if into is self._gathered[0] or self._collects:
+                        into.append(x[inside])
+            if not self._collects:
+                return
+        left = np.empty(size, np.float32)
+        for x, squares in zip(inputs, self._squares, strict=True):
+            if differences is None:
+                squares.add(x)
+                continue
+            if self._search is not None:
+                self._kernels.where_large(x, differences, np.float32(self._high), left)
+            else:
+                self._kernels.where_kept(x, differences, np.float32(self._limit.threshold), self._ties, left)
+            squares.add(left)
+        if self._search is None and differences is not None and self._ties:
+            equal = int(np.count_nonzero(differences == np.float32(self._limit.threshold)))
+            self._ties -= min(self._ties, equal)
+
+    def seen(self) -> Any:
+        squares = np.array([s.total for s in self._squares])
+        if self._search is None:
+            return squares
+        differ, above, inside = self._counts
+        gathered = [np.concatenate(g) if g else np.empty(0, np.float32) for g in self._gathered]
+        found = (above, inside if self._single else gathered[0])
+        if not self._collects:
+            return _Look(self._size, differ, found)
+        return _Look(self._size, differ, found, squares, gathered[1:])
+
+
 def _squares(x: Array) -> float:
     return float(gram([x])[0, 0])
+
+
+def _finite(made: Array) -> Array:
+    if not np.isfinite(made).all():
+        raise FloatingPointError("a norm is not finite")
+    return made
 
 
 def _statistic(count: int, sizes: Sequence[int], *, topk: float, like: str) -> FindShares:
@@ -132,13 +254,38 @@ def _sce(deltas: Sequence[Array], *, topk: float, like: str, at: At, measured: S
         return np.zeros_like(deltas[0])
     chosen = list(deltas)
     if measured.cut is not None:
-        known = measured.masks.get(at.start)
-        mask = known.unpack() if known and known.size == len(deltas[0]) else kept(spread(deltas), measured.cut, at)
+        mask = kept(spread(deltas), measured.cut, at)
         chosen = [x * mask for x in deltas]
-    if min(measured.weight) < 1e-6:  # products with such weights may leave float32's range
+    if min(measured.weight) < _LIGHT:  # products with such weights may leave float32's range
         chosen = [x.astype(np.float64) for x in chosen]
-    floor = 1e-6 if like == "mergekit" else float(np.finfo(chosen[0].dtype).tiny)
-    return in_blocks(_erase, chosen, measured.weight, floor).astype(deltas[0].dtype, copy=False)
+    return in_blocks(_erase, chosen, measured.weight, _floor(like, chosen[0].dtype)).astype(deltas[0].dtype, copy=False)
+
+
+def _floor(like: str, kind: Any) -> float:
+    """The least that a sum of weights counts."""
+    return 1e-6 if like == "mergekit" else float(np.finfo(kind).tiny)
+
+
+class _Erasing:
+    """SCE of consecutive blocks. Needs the kernels."""
+
+    def __init__(self, measured: Shares, like: str, at: At) -> None:
+        self._kernels, limit = kernels("spread_kernels"), Limit.of(measured.cut, at, np.float32)
+        self._threshold, self._ties, self._every = np.float32(limit.threshold), limit.ties, measured.cut is None
+        self._rest = np.array(measured.weight, np.float32), np.float32(_floor(like, np.float32))
+
+    def __call__(self, deltas: Sequence[Array], out: Array) -> None:
+        differences = np.empty(0, np.float32) if self._every else spread(deltas)
+        limit = self._threshold, self._ties, self._every
+        self._ties = self._kernels.erase(addresses(deltas), differences, *limit, *self._rest, out)
+
+
+def _on_blocks(count: int, *, topk: float, like: str, at: At, measured: Shares) -> Step | None:
+    if kernels() is None or min(measured.weight) < _LIGHT:
+        return None
+    if measured.nothing:
+        return lambda deltas, out: out.fill(0.0)
+    return _Erasing(measured, like, at)
 
 
 def _erase(chosen: Sequence[Array], weight: Sequence[float], floor: float) -> Array:
@@ -175,6 +322,7 @@ def _erase(chosen: Sequence[Array], weight: Sequence[float], floor: float) -> Ar
     statistic=_statistic,
     needs=("at",),
     arrays=_sce,
+    blocks=_on_blocks,
 )
 def sce(deltas: Sequence[Tensor], *, topk: float, like: str, at: At, measured: Shares) -> Tensor:
     """Merge deltas where they differ most, each weighted by its size, without minority signs (SCE).

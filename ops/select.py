@@ -33,6 +33,33 @@ class Cut(NamedTuple):
     everything: bool = False
 
 
+class Limit(NamedTuple):
+    """What a cut means within one piece: magnitudes above `threshold` are kept, and the first `ties` of those equal to it."""
+
+    threshold: float
+    ties: int = 0
+
+    @staticmethod
+    def of(cut: Cut | None, at: At, kind: Any) -> Limit:
+        """The limit for the piece at `at`, of numbers of a type (np.float32, np.float64). None: nothing is cut."""
+        if cut is None or cut.everything or cut.threshold == 0.0:
+            return Limit(-1.0)
+        here, place = (at.part, at.start), (cut.part, cut.start)
+        if here < place:  # ties are kept: anything above the next smaller number
+            return Limit(float(np.nextafter(kind(cut.threshold), kind(0))))
+        return Limit(cut.threshold, cut.ties if here == place else 0)
+
+    def trim(self, x: Array) -> Array:
+        """`x` with zero where it is cut."""
+        if self.threshold < 0.0:
+            return x
+        magnitude = np.abs(x)
+        mask = magnitude > x.dtype.type(self.threshold)
+        if self.ties:
+            mask[np.flatnonzero(magnitude == x.dtype.type(self.threshold))[: self.ties]] = True
+        return np.where(mask, x, x.dtype.type(0))
+
+
 def kept(magnitude: Array, cut: Cut, at: At) -> Array:
     """Where `cut` keeps magnitudes of the piece at `at`: bool."""
     if cut.everything:
@@ -56,6 +83,11 @@ class _Bracket:
         self.half = 0.0
         self.single = False  # the bracket holds one value only
         self.cut: Cut | None = Cut(0.0, 0, 0, 0, everything=True) if keep >= total else None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there are bounds: what lies inside is few, or only counted."""
+        return self.low > 0.0 or self.high < np.inf
 
     def aim(self) -> None:
         """Set [low, high) from the sorted sample: `half` ranks to each side, or a single frequent value."""
@@ -86,6 +118,42 @@ class _Bracket:
         self.aim()
 
 
+class _Watch:
+    """Counting and gathering by brackets, one for each input, block by block. Needs the kernels."""
+
+    def __init__(self, brackets: Sequence[_Bracket]) -> None:
+        self._kernels = kernels("select_kernels")
+        self._brackets = [None if b.cut is not None else b for b in brackets]
+        self._bounds = [(np.float32(b.low), np.float32(b.high), not b.single) for b in brackets]
+        self._above, self._inside = [0] * len(brackets), [0] * len(brackets)
+        self._gathered: list[list[Array]] = [[] for _ in brackets]
+        self._room = np.empty(0, np.float32)
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        for i, (x, bracket) in enumerate(zip(inputs, self._brackets, strict=True)):
+            if bracket is None:
+                continue
+            if len(self._room) < len(x):
+                self._room = np.empty(len(x), np.float32)
+            above, inside, finite = self._kernels.bracket(x, *self._bounds[i], self._room)
+            if not finite:
+                raise FloatingPointError("a magnitude is not finite")
+            self._above[i] += above
+            self._inside[i] += inside
+            if not bracket.single and inside:
+                self._gathered[i].append(self._room[:inside].copy())
+
+    def seen(self) -> list[Any]:
+        return [
+            None if b is None
+            else (above, inside) if b.single
+            else (above, np.concatenate(gathered) if gathered else np.empty(0, np.float32))
+            for b, above, inside, gathered in zip(
+                self._brackets, self._above, self._inside, self._gathered, strict=True
+            )
+        ]
+
+
 class TopK:
     """Statistic: for each input, the cut that keeps its `int(density * n)` (at least 1) largest magnitudes.
 
@@ -104,20 +172,22 @@ class TopK:
         for bracket in self._brackets:
             bracket.keep, bracket.total = count, total
 
+    def bounds(self, i: int) -> tuple[float, float, bool, float]:
+        """Of the coming pass over input i: where its threshold is sought, from and up to but not including; whether only
+        equal numbers lie there, which are counted; and half the share of all numbers expected there (1: no idea)."""
+        bracket = self._brackets[i]
+        return bracket.low, bracket.high, bracket.single, bracket.half if bracket.narrow else 1.0
+
     def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
         return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
 
     def _look(self, x: Array, bracket: _Bracket) -> Any:
         if bracket.cut is not None:
             return None
-        compiled = kernels() if x.dtype == np.float32 and x.flags.c_contiguous else None
-        if compiled is not None and not self.sampled and (bracket.low > 0.0 or bracket.high < np.inf):
-            gathered = np.empty(0 if bracket.single else len(x), np.float32)
-            low, high = np.float32(bracket.low), np.float32(bracket.high)
-            above, inside, finite = compiled.bracket(x, low, high, not bracket.single, gathered)
-            if not finite:
-                raise FloatingPointError("a magnitude is not finite")
-            return above, (inside if bracket.single else gathered[:inside].copy())
+        if not self.sampled and bracket.narrow and x.dtype == np.float32 and x.flags.c_contiguous and kernels() is not None:
+            watch = _Watch([bracket])
+            watch.see([x])
+            return watch.seen()[0]
         magnitude = np.abs(x)
         if not np.isfinite(magnitude.max(initial=0.0)):
             raise FloatingPointError("a magnitude is not finite")
@@ -133,6 +203,14 @@ class TopK:
             return n_above, int(np.count_nonzero(from_low)) - n_above
         np.not_equal(from_low, above, out=from_low)
         return n_above, magnitude[np.flatnonzero(from_low)]
+
+    def watch(self, at: At, count: int) -> _Watch | None:
+        """See `surgery.ops.blocks.Watch`."""
+        if self.sampled or kernels() is None or type(self).observe is not TopK.observe:  # which may look at something else
+            return None
+        if not all(b.narrow for b in self._brackets if b.cut is None):
+            return None
+        return _Watch(self._brackets)
 
     def conclude(self, seen: list[tuple[At, Any]]) -> bool:
         for i, bracket in enumerate(self._brackets):

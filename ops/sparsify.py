@@ -7,14 +7,46 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from surgery.ops.blocks import Magnitudes, Step
 from surgery.ops.declare import choice, integer, number, pointwise, takes
 from surgery.ops.fast import kernels
 from surgery.ops.lazy import torch
-from surgery.ops.random import bernoulli
+from surgery.ops.random import keep, limit, words
 from surgery.ops.statistics import Array, At, l1
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Dropping:
+    """Setting to zero what the mask drops of consecutive blocks, and scaling the rest. Needs the kernels."""
+
+    def __init__(self, density: float, factor: float, seed: int, at: At) -> None:
+        self._kernels, self._key = kernels("random_kernels"), words(seed, at.key)
+        self._limit, self._factor, self._place = limit(density), np.float32(factor), at.start
+
+    def __call__(self, x: Array, out: Array) -> None:
+        first, second = self._key
+        self._kernels.drop(x, first, second, np.uint64(self._place), self._limit, self._factor, out)
+        self._place += len(x)
+
+
+class _Watch:
+    """See `KeptShare.observe`."""
+
+    def __init__(self, density: float, seed: int, at: At) -> None:
+        self._drop = _Dropping(density, 1.0, seed, at)
+        self._whole, self._kept = Magnitudes(), Magnitudes()
+
+    def see(self, inputs: Sequence[Array]) -> None:
+        (x,) = inputs
+        left = np.empty_like(x)
+        self._drop(x, left)
+        self._whole.add(x)
+        self._kept.add(left)
+
+    def seen(self) -> tuple[float, float]:
+        return self._whole.total, self._kept.total
 
 
 class KeptShare:
@@ -27,11 +59,14 @@ class KeptShare:
 
     def observe(self, inputs: Sequence[Array], at: At) -> tuple[float, float]:
         x = inputs[0]
-        mask = bernoulli(self._density, self._seed, at.key, at.start, len(x))
+        mask = keep(self._density, self._seed, at.key, at.start, len(x))
         whole, kept = l1(x), l1(x * mask)
         if not np.isfinite(whole):
             raise FloatingPointError("a norm is not finite")
         return whole, kept
+
+    def watch(self, at: At, count: int) -> _Watch | None:
+        return _Watch(self._density, self._seed, at) if kernels() is not None else None
 
     def conclude(self, seen: list[tuple[At, tuple[float, float]]]) -> bool:
         whole, kept = np.sum([value for _, value in seen], axis=0)
@@ -57,14 +92,24 @@ def _on_arrays(
     x = deltas[0]
     if density >= 1.0:
         return x
-    mask = bernoulli(density, int(seed), at.key, at.start, len(x))
     factor = x.dtype.type(_factor(density, rescale, measured))
-    compiled = kernels() if x.dtype == np.float32 and x.flags.c_contiguous else None
-    if compiled is None:
-        return x * (mask.astype(x.dtype) * factor)
-    out = np.empty_like(x)
-    compiled.masked(x, mask, factor, out)
-    return out
+    if x.dtype == np.float32 and x.flags.c_contiguous and kernels() is not None:
+        out = np.empty_like(x)
+        _Dropping(density, factor, int(seed), at)(x, out)
+        return out
+    mask = keep(density, int(seed), at.key, at.start, len(x))
+    return x * (mask.astype(x.dtype) * factor)
+
+
+def _on_blocks(
+    count: int, *, density: float, rescale: str, seed: int, at: At, measured: float | None = None
+) -> Step | None:
+    if kernels() is None:
+        return None
+    if density >= 1.0:
+        return lambda inputs, out: np.copyto(out, inputs[0])
+    drop = _Dropping(density, _factor(density, rescale, measured), int(seed), at)
+    return lambda inputs, out: drop(inputs[0], out)
 
 
 @pointwise(
@@ -80,6 +125,7 @@ def _on_arrays(
     statistic=_statistic,
     needs=("at",),
     arrays=_on_arrays,
+    blocks=_on_blocks,
 )
 def dare(
     deltas: Sequence[Tensor], *, density: float, rescale: str, seed: int, at: At, measured: float | None = None
@@ -110,5 +156,5 @@ def dare(
     x = deltas[0]
     if density >= 1.0:
         return x
-    mask = torch.from_numpy(bernoulli(density, int(seed), at.key, at.start, x.numel())).to(x.device)
+    mask = torch.from_numpy(keep(density, int(seed), at.key, at.start, x.numel())).to(x.device)
     return x * (mask.to(x.dtype).mul_(_factor(density, rescale, measured)))

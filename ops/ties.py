@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.ops.blocks import Step
 from surgery.ops.declare import boolean, choice, number, pointwise, takes
 from surgery.ops.fast import addresses, kernels
 from surgery.ops.lazy import torch
-from surgery.ops.select import Cut, TopK
+from surgery.ops.select import Cut, Limit, TopK
 from surgery.ops.statistics import Array, At
 
 if TYPE_CHECKING:
@@ -36,19 +37,36 @@ def trimmed(x: Tensor, cut: Cut, at: At) -> Tensor:
     return kept
 
 
-def _trim_array(x: Array, cut: Cut, at: At) -> tuple[Array, float]:
-    """`trimmed` for arrays, as (values, magnitude above which they count)."""
-    if cut.everything or cut.threshold == 0.0:
-        return x, -1.0
-    here = (at.part, at.start)
-    if here < (cut.part, cut.start):
-        return x, float(np.nextafter(x.dtype.type(cut.threshold), x.dtype.type(0)))
-    if here > (cut.part, cut.start):
-        return x, cut.threshold
-    magnitude = np.abs(x)
-    keep = magnitude > cut.threshold
-    keep[np.flatnonzero(magnitude == cut.threshold)[: cut.ties]] = True
-    return np.where(keep, x, x.dtype.type(0)), -1.0
+class _Electing:
+    """TIES of consecutive blocks. Needs the kernels."""
+
+    def __init__(
+        self, cuts: Sequence[Cut | None], weight: Sequence[float], elect: str, normalize: bool, like: str, at: At
+    ) -> None:
+        self._kernels = kernels("select_kernels")
+        limits = [Limit.of(cut, at, np.float32) for cut in cuts]
+        self._thresholds = np.array([limit.threshold for limit in limits], np.float32)
+        self._ties = np.array([limit.ties for limit in limits], np.int64)
+        self._rest = np.array(weight, np.float32), elect == "count", like == "peft", normalize
+
+    def __call__(self, deltas: Sequence[Array], out: Array) -> None:
+        self._kernels.elect(addresses(deltas), self._thresholds, self._ties, *self._rest, out)
+
+
+def _on_blocks(
+    count: int,
+    *,
+    weight: Sequence[float],
+    elect: str,
+    normalize: bool,
+    like: str,
+    at: At,
+    measured: list[Cut] | None = None,
+    **_: Any,
+) -> Step | None:
+    if kernels() is None:
+        return None
+    return _Electing(measured or [None] * count, weight, elect, normalize, like, at)
 
 
 def _on_arrays(
@@ -63,19 +81,13 @@ def _on_arrays(
     **_: Any,
 ) -> Array:
     """`ties` on numpy arrays, in the same order of operations."""
-    pairs = [(x, -1.0) for x in deltas]
-    if measured is not None:
-        pairs = [_trim_array(x, cut, at) for x, cut in zip(deltas, measured, strict=True)]
+    cuts: Sequence[Cut | None] = measured or [None] * len(deltas)
     kind = deltas[0].dtype.type
-    compiled = kernels() if kind is np.float32 and all(x.flags.c_contiguous for x, _ in pairs) else None
-    if compiled is not None:
+    if kind is np.float32 and all(x.flags.c_contiguous for x in deltas) and kernels() is not None:
         out = np.empty(len(deltas[0]), np.float32)
-        thresholds = np.array([t for _, t in pairs], np.float32)
-        weights = np.array(weight, np.float32)
-        where = addresses([x for x, _ in pairs])
-        compiled.elect(where, thresholds, weights, elect == "count", like == "peft", normalize, out)
+        _Electing(cuts, weight, elect, normalize, like, at)(deltas, out)
         return out
-    kept = [x if t < 0.0 else np.where(np.abs(x) > kind(t), x, kind(0)) for x, t in pairs]
+    kept = [Limit.of(cut, at, kind).trim(x) for x, cut in zip(deltas, cuts, strict=True)]
     weighted = [x if w == 1.0 else x * kind(w) for x, w in zip(kept, weight, strict=True)]
     voters = kept if like == "peft" else weighted
     total = np.zeros_like(kept[0])
@@ -109,6 +121,7 @@ def _on_arrays(
     scope=lambda trim, **_: trim or "tensor",
     needs=("at",),
     arrays=_on_arrays,
+    blocks=_on_blocks,
     presets={
         "like": {"paper": {"trim": "global"}, "mergekit": {"trim": "tensor"}, "peft": {"trim": "tensor"}},
     },

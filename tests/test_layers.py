@@ -16,7 +16,7 @@ BELOW = {
     "graph": {"checkpoint", "ops", "errors"},
     "engine": {"remote", "graph", "checkpoint", "ops", "errors", "version"},
     "adapter": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
-    "delta": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
+    "delta": {"statistics", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "analysis": {"engine", "graph", "checkpoint", "ops", "errors"},
     "report": {"errors", "version"},
     "vocabulary": {"engine", "graph", "checkpoint", "ops", "errors"},
@@ -27,6 +27,7 @@ BELOW = {
     "tuning": {"lab", "adapter", "delta", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "lab": {"recipe", "statistics", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version", "live", "api"},
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "cluster": {"recipe", "remote", "engine", "graph", "checkpoint", "errors", "version"},
     "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 

@@ -3,13 +3,17 @@
 ``module``  a docstring, the name of its package masked    -> which package is it from?    (prose)
 ``call``    three lines of code, one builtin masked        -> which builtin is called?     (code)
 
-Nothing is downloaded and nothing is synthetic. Splits are deterministic and disjoint: a text (up to
-punctuation and digits) appears once in a task, and all of ``call``'s lines from one file fall in one split.
+Nothing is downloaded and nothing is synthetic. A hash of the name of what a text is from (a function, a class; for
+``call`` a module) decides its split, so splits are the same for everyone, and disjoint: a text (up to punctuation and
+digits) appears once in a task, and all of ``call``'s lines from one module fall in one split. Texts whose answers were
+looked at while the demo was designed are not tested on (spent.py).
 """
 
 from __future__ import annotations
 
 import ast
+import csv
+import hashlib
 import random
 import re
 import sysconfig
@@ -17,6 +21,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from spent import spent
 
 MASK = "[MASK]"
 BUILTINS = ("getattr", "hasattr", "int", "isinstance", "len", "list",
@@ -27,11 +33,11 @@ SKIP = {"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "ensure
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its label, and the group (a file, say) that must not be cut by a split."""
+    """A text, its label, and the name (dotted) of what it is from, which decides its split."""
 
     text: str
     label: str
-    group: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,16 @@ class Task:
     name: str
     classes: list[str]
     train: list[tuple[str, int]]
-    val: list[tuple[str, int]]
+    validation: list[tuple[str, int]]
     test: list[tuple[str, int]]
+
+    def write(self, split: str, path: Path) -> None:
+        """The split as a table for `surgery`, with the labels' names."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["text", "label"])
+            rows.writerows((text, self.classes[label]) for text, label in getattr(self, split))
 
 
 @dataclass(frozen=True)
@@ -50,13 +64,13 @@ class Sizes:
     """How many examples per class a split may hold, and how many classes ``module`` has."""
 
     train: int = 130
-    val: int = 18
-    test: int = 34
+    validation: int = 24
+    test: int = 48
     packages: int = 16
 
 
 def build_tasks(sources: Iterable[tuple[Path, str]], sizes: Sizes, seed: int = 0) -> list[Task]:
-    """Both tasks, the same for the same sources, sizes and seed."""
+    """Both tasks, the same for the same sources, sizes and seed (which draws from classes that have more than enough)."""
     docstrings: list[Example] = []
     calls: list[Example] = []
     for path, source in sources:
@@ -66,9 +80,10 @@ def build_tasks(sources: Iterable[tuple[Path, str]], sizes: Sizes, seed: int = 0
             continue
         docstrings += docstring_examples(path, nodes)
         calls += call_examples(path, source, nodes)
+    module, call = unambiguous(docstrings), unambiguous(calls)
     return [
-        make_task("module", docstrings, sizes, seed, classes=sizes.packages),
-        make_task("call", calls, sizes, seed, classes=len(BUILTINS)),
+        make_task("module", module, sizes, seed, classes=sizes.packages, spent=spent(module, lambda e: e.text, 16)),
+        make_task("call", call, sizes, seed, classes=len(BUILTINS), spent=spent(call, lambda e: e.source, len(BUILTINS))),
     ]
 
 
@@ -89,7 +104,7 @@ def docstring_examples(path: Path, nodes: list[ast.AST]) -> Iterator[Example]:
             text = " ".join((ast.get_docstring(node) or "").split())
             text = mask_name(mask_name(text, package), path.stem)
             if len(text) >= 25:
-                yield Example(text, package, group=text)
+                yield Example(text, package, f"{dotted(path)}.{node.name}")
 
 
 def mask_name(text: str, name: str) -> str:
@@ -112,29 +127,37 @@ def call_examples(path: Path, source: str, nodes: list[ast.AST]) -> Iterator[Exa
         around = [*lines[max(0, row - 1) : row], before + MASK + after, *lines[row + 1 : row + 2]]
         text = " ; ".join(part.strip() for part in around if part.strip())
         if not re.search(rf"\b{name.id}\b", text):
-            yield Example(text, name.id, group=path.as_posix())
+            yield Example(text, name.id, dotted(path))
 
 
-def make_task(name: str, examples: list[Example], sizes: Sizes, seed: int, *, classes: int) -> Task:
-    """Keep the best-stocked classes, put whole groups into splits, then cap each class in each split."""
+def dotted(path: Path) -> str:
+    """email/message.py -> email.message"""
+    return ".".join(path.with_suffix("").parts)
+
+
+def split_of(source: str) -> str:
+    """30 % of names are for testing, 12 % for validation."""
+    place = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest()) / 2**64
+    return "test" if place < 0.30 else "validation" if place < 0.42 else "train"
+
+
+def make_task(name: str, examples: list[Example], sizes: Sizes, seed: int, *, classes: int, spent: set[str]) -> Task:
+    """Keep the best-stocked classes, and of each in every split as many examples as `sizes` says.
+
+    spent: texts and sources that are not to be tested on; what the hash would test is then for training.
+    """
     by_label = defaultdict(list)
-    for example in unambiguous(examples):
+    for example in examples:
         by_label[example.label].append(example)
     labels = sorted(sorted(by_label, key=lambda label: (-len(by_label[label]), label))[:classes])
     kept = [example for label in labels for example in by_label[label]]
-
-    shuffle = random.Random(seed)
-    groups = sorted({example.group for example in kept})
-    shuffle.shuffle(groups)
-    total = sizes.train + sizes.val + sizes.test
-    ends = [len(groups) * sizes.test // total, len(groups) * (sizes.test + sizes.val) // total]
-    split_of = {g: "test" if i < ends[0] else "val" if i < ends[1] else "train" for i, g in enumerate(groups)}
-
-    splits: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
+    random.Random(seed).shuffle(kept)
+    splits: dict[str, list[tuple[str, int]]] = {"train": [], "validation": [], "test": []}
     room = {(split, label): getattr(sizes, split) for split in splits for label in labels}
-    shuffle.shuffle(kept)
     for example in kept:
-        split = split_of[example.group]
+        split = split_of(example.source)
+        if split == "test" and not spent.isdisjoint((example.text, example.source)):
+            split = "train"
         if room[split, example.label]:
             room[split, example.label] -= 1
             splits[split].append((example.text, labels.index(example.label)))

@@ -1,85 +1,117 @@
-"""Accuracy of written checkpoints on both tasks, and the table."""
+"""The test table: accuracy of written checkpoints on both tasks, with intervals, by `surgery.lab`."""
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from data import Task
-from train import Head, Texts, embed_all, load_encoder
-from transformers import AutoTokenizer
+
+import surgery.lab as lab
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's test accuracy on each task."""
+    """One model on the test split. normalised: accuracy over that of the task's own fine-tune, averaged over the tasks.
+    gain: of the mean over that of the plain average."""
 
     model: str
-    directory: str
-    accuracy: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the tasks."""
-        return sum(self.accuracy.values()) / len(self.accuracy)
-
-    def normalised(self, ceiling: dict[str, float]) -> float:
-        """Mean over the tasks of accuracy divided by that of the task's own fine-tune."""
-        return sum(value / ceiling[task] for task, value in self.accuracy.items()) / len(self.accuracy)
+    accuracy: dict[str, Figure]
+    mean: Figure
+    normalised: Figure
+    gain: Figure
 
 
-class Judge:
-    """Evaluates encoder directories with the frozen heads, on one split of every task."""
+def test(models: Mapping[str, Path], tasks: Path, ceiling: Mapping[str, str], average: str) -> list[Row]:
+    """Every model on the test splits. ceiling: task -> the name of its own fine-tune. average: the model to compare with.
 
-    def __init__(self, tasks: list[Task], heads: Path, tokenizer: Path, split: str):
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        self.texts = {task.name: Texts(words, getattr(task, split)) for task in tasks}
-        self.heads = {task.name: Head.load(heads / f"{task.name}.safetensors") for task in tasks}
+    All models are resampled alike, so ratios and differences are paired.
+    """
+    reports = {report.model: report.results for report in lab.beside({n: str(p) for n, p in models.items()}, tasks)}
 
-    def accuracy(self, directory: Path) -> dict[str, float]:
-        """Accuracy per task of the model that transformers loads from this directory."""
-        encoder = load_encoder(directory)
-        return {name: self._accuracy(encoder, name) for name in self.texts}
+    def over(function: Callable[[Any, Any, Any], Any], model: str) -> Figure:
+        """The mean over tasks of a function of the model's, the ceiling's and the average's accuracy."""
+        values, drawn = [], []
+        for task, own in ceiling.items():
+            sides = [reports[m][task].draws["accuracy"] for m in (model, own, average)]
+            values.append(function(*(s.value for s in sides)))
+            drawn.append(function(*(s.resampled for s in sides)))
+        low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+        return Figure(float(np.mean(values)), float(low), float(high))
 
-    def row(self, model: str, directory: Path) -> Row:
-        """The same, as a row of the table."""
-        return Row(model, directory.name, self.accuracy(directory))
+    rows = []
+    for name, results in reports.items():
+        found = {task: results[task].estimates["accuracy"] for task in ceiling}
+        accuracy = {task: Figure(e.value, e.low, e.high) for task, e in found.items()}
+        rows.append(
+            Row(
+                name,
+                accuracy,
+                mean=over(lambda a, own, plain: a, name),
+                normalised=over(lambda a, own, plain: a / own, name),
+                gain=over(lambda a, own, plain: a - plain, name),
+            )
+        )
+    return rows
 
-    def count(self, task: str) -> int:
-        """How many examples a task's accuracy is over."""
-        return len(self.texts[task].labels)
 
-    def _accuracy(self, encoder: torch.nn.Module, name: str) -> float:
-        texts = self.texts[name]
-        guesses = self.heads[name](embed_all(encoder, texts)).argmax(1)
-        return (guesses == texts.labels).float().mean().item()
-
-
-def render(rows: list[Row], counts: dict[str, int], ceiling: dict[str, float]) -> str:
+def render(rows: Sequence[Row], counts: Mapping[str, int]) -> str:
     """The table as text, in per cent."""
-    names = [f"{task} (n={n})" for task, n in counts.items()]
-    head = ["model", *names, "mean", "normalised"]
+    head = ["model", *(f"{task} (n={n})" for task, n in counts.items()), "mean", "normalised", "mean - plain average's"]
     body = [
-        [row.model, *(f"{100 * row.accuracy[task]:.1f}" for task in counts),
-         f"{100 * row.mean:.1f}", f"{100 * row.normalised(ceiling):.1f}"]
+        [row.model, *(str(row.accuracy[task]) for task in counts), str(row.mean), str(row.normalised), str(row.gain)]
         for row in rows
-    ]  # fmt: skip
+    ]
+    return aligned(head, body)
+
+
+def across(runs: Sequence[Sequence[Row]], names: Sequence[str]) -> str:
+    """Several seeds as one table: means ± standard deviations. names: of the rows, without what differs between runs."""
+    body = []
+    for i, name in enumerate(names):
+        row = [run[i] for run in runs]
+        figures = [[r.accuracy[t].value for r in row] for t in row[0].accuracy]
+        figures += [[r.mean.value for r in row], [r.normalised.value for r in row], [r.gain.value for r in row]]
+        body.append([name, *(f"{100 * np.mean(f):.1f} ± {100 * np.std(f, ddof=1):.1f}" for f in figures)])
+    return aligned(["model", *runs[0][0].accuracy, "mean", "normalised", "mean - plain average's"], body)
+
+
+def aligned(head: list[str], body: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [
-        [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
         for line in [head, ["-" * width for width in widths], *body]
     ]
     return "\n".join("  ".join(line) for line in lines)
 
 
-def write_json(path: Path, rows: list[Row], counts: dict[str, int], ceiling: dict[str, float], **more: object) -> None:
+def write_json(path: Path, rows: Sequence[Row], models: Mapping[str, Path], counts: Mapping[str, int], **more: object) -> None:
     """The table and how it came about, for programs."""
-    table = [{**asdict(row), "mean": row.mean, "normalised": row.normalised(ceiling)} for row in rows]
+
+    def plain(figure: Figure) -> dict[str, float]:
+        return {"value": figure.value, "low": figure.low, "high": figure.high}
+
+    table = [
+        {"model": r.model, "directory": models[r.model].name, "accuracy": {t: plain(f) for t, f in r.accuracy.items()}}
+        | {"mean": plain(r.mean), "normalised": plain(r.normalised), "gain": plain(r.gain)}
+        for r in rows
+    ]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    path.write_text(json.dumps({"rows": table, "n": counts, **more, "versions": versions}, indent=2) + "\n")
+    path.write_text(json.dumps({"rows": table, "n": dict(counts), **more, "versions": versions}, indent=2) + "\n")

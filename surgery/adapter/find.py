@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 def weights_of(location: str) -> Path | None:
     """The weight file of a local adapter, or None if `location` is something else."""
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.is_dir():
         return next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if path.is_file() and path.suffix in (".safetensors", ".bin"):
@@ -43,7 +44,7 @@ def find_adapter(location: str, *, sure: bool) -> Path | None:
     here = weights_of(location)
     if here is not None:
         return here
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.is_dir() and (path / CONFIG).is_file() and not any(path.glob("*.safetensors")):
         raise Refused(f"{path}: has {CONFIG} but no weights", hint=f"expected {' or '.join(WEIGHTS)}")
     name, _, revision = location.partition("@")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def split(location: str, where: Mapping[str, str]) -> tuple[str, str] | None:
 
     Relative paths in a recipe are looked for beside it first, as those of whole models are.
     """
-    if "+" not in location or Path(location).expanduser().exists():
+    if "+" not in location or Path(os.path.expanduser(location)).exists():
         return None
     base, _, last = location.rpartition("+")
     if not base or not last:

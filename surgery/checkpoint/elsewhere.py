@@ -16,6 +16,7 @@ from surgery.checkpoint.files import MAX_TEXT, PICKLED, SIDECARS, Located, from_
 from surgery.errors import Refused
 from surgery.remote.address import STORES, WEB, Address, parse
 from surgery.remote.file import RemoteFile, in_parallel
+from surgery.remote.folder import UNFINISHED
 from surgery.remote.http import HttpFile
 from surgery.remote.hub import HubFile, Repository, in_cache, repository, small_files
 from surgery.remote.problems import Missing, RemoteProblem
@@ -147,6 +148,8 @@ def _in_a_store(url: str) -> Located:
     is_file = name.endswith((".safetensors", ".index.json"))
     folder = url.rpartition("/")[0] if is_file else url
     sizes = list_folder(folder)
+    if UNFINISHED in sizes:
+        raise Refused(f"{folder}: a run that writes it is not finished", hint="finish it: run the same recipe with --resume")
 
     def read(file: str) -> bytes:
         if sizes.get(file, 0) > MAX_TEXT:

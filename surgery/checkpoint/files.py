@@ -44,13 +44,13 @@ def locate(source: str) -> Located:
         from surgery.checkpoint.elsewhere import locate_url
 
         return locate_url(source, scheme)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return _file(path)
     if path.is_dir():
         return from_directory(path, None)
     name, _, revision = source.partition("@")
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     if revision and local.exists():
         raise Refused(f"{source}: `@{revision}` names a hub revision, but {name} is a local path")
     if _HUB_ID.match(name):

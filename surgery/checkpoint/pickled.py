@@ -15,6 +15,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.errors import Refused
 
 _MAX_PICKLE = 100_000_000  # bytes of the pickle itself, as for headers of safetensors
+_MAX_ALIGNMENT, _DIGITS = 1 << 20, 8
 _MAX_WRAPPERS = 8
 _CONVERT = "only plain tensors are loaded from pickles; convert it to safetensors where you trust it"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
@@ -60,13 +61,21 @@ def check_archive(path: str) -> int:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise Refused(f"{path}: {record.filename!a} in it is compressed; torch never does that", hint=_CONVERT)
+                if record.filename.endswith(".storage_alignment"):
+                    _check_alignment(path, archive.read(record) if record.file_size < _DIGITS else b"")
                 if record.filename.endswith(".pkl") and record.file_size > _MAX_PICKLE:
                     raise Refused(f"{path}: its pickle has {record.file_size} bytes; at most {_MAX_PICKLE} are read")
     except OSError as problem:
         raise Refused(f"{path}: cannot be read: {problem.strerror}") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as problem:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as problem:
         raise Refused(f"{path}: a damaged zip archive ({problem})", hint="fetch it again") from None
     return size
+
+
+def _check_alignment(path: str, said: bytes) -> None:
+    """torch divides by this number, in C: zero would end the process."""
+    if not said.isdigit() or not 0 < int(said) <= _MAX_ALIGNMENT:
+        raise Refused(f"{path}: aligns its records to {said!r} bytes; torch writes 64", hint=_CONVERT)
 
 
 def _reason(problem: Exception, first_line: str) -> str:

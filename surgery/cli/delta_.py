@@ -12,7 +12,7 @@ from surgery.cli.delta_exchange import export_, import_
 from surgery.cli.options import JSON, print_json
 
 if TYPE_CHECKING:
-    from surgery.delta.pack import Choose, Packed
+    from surgery.delta.pack import Packed
     from surgery.graph.node import Node
 
 _KINDS = {"renamed_from": "renamed", "resized_from": "resized", "retyped_from": "retyped", "alias_of": "tied"}
@@ -47,6 +47,11 @@ def command() -> None:
 @click.option("--max-error", type=float, help="Lossy: largest absolute error of any weight.")
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option of the codec. Repeatable.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Lossy: tensors to code so; default the matrices inside blocks.")
+@click.option("--calib", metavar="DATA", help="Lossy: texts (.txt, .jsonl) to fit to, or what `surgery statistics` wrote.")
+@click.option("--repair", metavar="RANK", type=click.IntRange(1), help="With texts: a trained low-rank part on top.")
+@click.option("--probe", metavar="DATA", help="Lossy: texts to compare outputs on; default some kept back from --calib.")
+@click.option("--samples", default=128, show_default=True, type=click.IntRange(1), help="Texts at most.")
+@click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
 @click.option("--memory", metavar="SIZE", help="Lossy: what tensors that are coded at once may take together; default 1GB.")
 @OVERWRITE
 @THREADS
@@ -61,24 +66,32 @@ def pack_(
       surgery delta pack --base base/ --model tuned/ -o tuned.delta.safetensors
       surgery delta pack --base base/ --model tuned/ -o small.delta.safetensors --bits 1
       surgery delta pack --base base/ --model tuned/ -o near.delta.safetensors --max-error 1e-4
+      surgery delta pack --base base/ --model tuned/ -o tiny.delta.safetensors --bits 0.5 --calib texts.jsonl
     """
+    from surgery.cli.delta_lossy import chosen, codecs
     from surgery.cli.progress import bar
     from surgery.delta.codecs.exact import FAST, ULP
     from surgery.delta.pack import pack
     from surgery.inputs import open_node
 
     if how["codec"] == "list":
-        click.echo("\n".join(_codecs()))
+        click.echo("\n".join(codecs()))
         return
     below, above = open_node(base), open_node(model)
-    choose = _choose(below, above, **{k: v for k, v in how.items() if k != "fast"})
     total = sum(e.numel * e.dtype.size for e in above.tensors.values())
-    with bar(2 * total, show=not quiet and sys.stderr.isatty()) as advance:
+    codec = FAST if how.pop("fast") else ULP
+    data = {k: how.pop(k) for k in ("calib", "probe", "repair", "samples", "length")}
+    shown = not quiet and sys.stderr.isatty()
+    with chosen(below, above, how, data, quiet) as (choose, witness), bar(2 * total, show=shown) as advance:
         made = pack(
-            below, above, out, codec=FAST if how["fast"] else ULP, choose=choose,
+            below, above, out, codec=codec, choose=choose, judge=witness,
             overwrite=overwrite, threads=threads, memory=memory, progress=advance,
         )  # fmt: skip
     _summary(made, quiet)
+    if witness is not None and not quiet:
+        from surgery.delta.container import Package
+
+        click.echo("\n".join(_evaluated(Package(out).manifest.data)), err=True)
 
 
 @command.command("inspect")
@@ -91,6 +104,7 @@ def inspect_(package: str, as_json: bool, tensors: bool) -> None:
     \b
     bits  stored, per weight               rel err  ||R - D|| / ||D||: rebuilt and true change
     gain  <R, D> / <D, D>: 1 is unbiased   max err  largest absolute error of a weight
+    out err  the same of layer outputs, as far as calibration data told
     limit  bits by the entropy of the stored symbols, each under its context: what exact tensors need at the least
 
     A large relative error harms little while the gain is 1: independent errors average out, shrinkage adds up.
@@ -232,69 +246,6 @@ def _summary(made: Packed, quiet: bool) -> None:
     )
 
 
-# -- lossy choices -----------------------------------------------------------------------------------------------------------
-
-
-def _choose(
-    base: Node,
-    model: Node,
-    *,
-    exact: bool,
-    codec: str | None,
-    bits: float | None,
-    size: str | None,
-    max_error: float | None,
-    options: tuple[str, ...],
-    only: tuple[str, ...],
-) -> Choose | None:
-    """What the options say of every tensor; None: an exact package."""
-    from surgery.delta import choices
-    from surgery.errors import Refused
-
-    budgets = {"bits": bits, "size": size, "max_error": max_error}
-    given = [k for k, v in budgets.items() if v is not None]
-    if exact or not (given or codec):
-        if given or codec or options or only:
-            raise Refused("--exact goes with no codec, budget, --set or --only: every bit comes back")
-        return None
-    if len(given) > 1:
-        raise Refused(f"give one of --{' and --'.join(given).replace('_', '-')}: a budget is one of them")
-    parsed = dict(_option(text) for text in options)
-    if codec == "auto" or (codec is None and size is not None):
-        from surgery.checkpoint.layout import parse_size
-
-        if parsed:
-            raise Refused("--set goes with a --codec by name")
-        amount = None if size is None else parse_size(size)
-        return choices.automatic(base, model, bits=bits, size=amount, max_error=max_error, only=only)
-    if size is not None:
-        raise Refused("--size is shared out by `--codec auto`", hint="leave --codec out, or give --bits")
-    budget = {k: budgets[k] for k in given}
-    return choices.fixed(model, codec or "dither", {**budget, **parsed}, only)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    import yaml
-
-    from surgery.errors import Refused
-
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise Refused(f"--set {text}: expected KEY=VALUE")
-    return key, yaml.safe_load(value)
-
-
-def _codecs() -> Iterator[str]:
-    from surgery.delta import lossy  # noqa: F401
-    from surgery.delta.codecs.base import LOSSY
-
-    for name, codec in LOSSY.items():
-        yield name
-        for key, schema in codec.options.items():
-            default = schema.get("default")
-            yield f"  {key:<12} {schema.get('description', '')}" + (f" (default {default})" if default is not None else "")
-
-
 # -- for people --------------------------------------------------------------------------------------------------------------
 
 
@@ -315,19 +266,36 @@ def _report(view: Mapping[str, Any], tensors: bool) -> Iterator[str]:
             yield f"{word:<7} {_some(found)}"
     if view["dropped"]:
         yield f"dropped {_some(view['dropped'])}"
+    yield from _evaluated(view)
     yield ""
     yield from _table("codec", view["codecs"].items())
     yield ""
     yield from _table("layer", [*view["layers"].items(), ("all", view["total"])])
     if tensors:
         yield ""
-        rows = [["tensor", "type", "shape", "codec", "bytes", "bits", "limit", "rel err", "gain", "max err"]]
+        rows = [["tensor", "type", "shape", "codec", "bytes", "bits", "limit", "rel err", "gain", "max err", "out err"]]
         for t in view["tensors"]:
             error = t["error"] or {}
             rows.append([t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["codec"], f"{t['bytes']:,}",
                          f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}",
-                         *(_figure(error.get(k)) for k in ("rel_fro", "gain", "max_abs"))])  # fmt: skip
+                         *(_figure(error.get(k)) for k in ("rel_fro", "gain", "max_abs", "output"))])  # fmt: skip
         yield from aligned(rows)
+
+
+def _evaluated(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest says of data and outputs."""
+    from surgery.cli.inspect_ import plural
+
+    if said := facts.get("calibration"):
+        fitted = ", ".join(f"{count} by {codec}" for codec, count in said["fitted"].items()) or "none"
+        data = f"{said['file'] or 'statistics'} ({plural(said['texts'], 'text')}, {said['tokens']:,} tokens)"
+        yield f"fitted  to {data}: {fitted}"
+    if said := facts.get("evaluation"):
+        where = f"{said['file']}, {plural(said['texts'], 'text')}{'' if said['held_out'] else ' that were fitted to'}"
+        parts = [f"error of {said['outputs']} {_figure(said['error'])} of the base's"]
+        if said["kl"] is not None:
+            parts.append(f"KL {_figure(said['kl'])} nats, same answer {100 * said['agree']:.2f} %")
+        yield f"outputs {'; '.join(parts)} ({where})"
 
 
 def _some(names: list[str]) -> str:
@@ -337,9 +305,9 @@ def _some(names: list[str]) -> str:
 def _table(title: str, rows: Any) -> Iterator[str]:
     from surgery.cli.inspect_ import aligned
 
-    cells = [[title, "tensors", "bytes", "bits", "limit", "rel err", "gain", "max err"]]
+    cells = [[title, "tensors", "bytes", "bits", "limit", "rel err", "gain", "max err", "out err"]]
     for name, t in rows:
-        errors = [_figure(t.get(k)) for k in ("rel_fro", "gain", "max_abs")]
+        errors = [_figure(t.get(k)) for k in ("rel_fro", "gain", "max_abs", "output")]
         cells.append([name, f"{t['tensors']:,}", f"{t['bytes']:,}", f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}", *errors])
     yield from aligned(cells)
 

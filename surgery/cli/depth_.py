@@ -24,7 +24,7 @@ def command(model: str, data: str, most: int | None, samples: int, length: int, 
     """
     from transformers.utils import logging
 
-    from surgery.reshape.angular import angular_distances
+    from surgery.statistics.angular import angular_distances
 
     logging.disable_progress_bar()
     found = angular_distances(model, data, most=most, samples=samples, length=length)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli.options import JSON, SET, print_json
+
+if TYPE_CHECKING:
+    from surgery.lab.robust import Robustness
 
 
 def resident_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,10 +68,22 @@ def _function(said: str | None) -> Any:
 
 @click.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--tasks", required=True, type=click.Path(dir_okay=False), help="The tasks file.")
+@click.option("--tasks", type=click.Path(dir_okay=False), help="The tasks file.")
+@click.option(
+    "--lm-eval", "harness", multiple=True, metavar="TASK", help="A task of lm-evaluation-harness, by name or file. Repeatable."
+)
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.option("--reference", metavar="MODEL", help="Differences from this model, KL, and agreement with it.")
-@click.option("--ensemble", is_flag=True, help="Also the averaged logits of all models after the first.")
+@click.option(
+    "--ensemble", is_flag=True, help="Also the averaged logits of the models after the first, or of a recipe's models."
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="MODEL",
+    help="One of the models; of two or more: effective robustness.",
+)
 @click.option("--stages", is_flag=True, help="The models are one model after each task: forgetting, backward transfer.")
 @click.option("--measure", default="accuracy", show_default=True, help="What --stages is about.")
 @SET
@@ -76,10 +91,12 @@ def _function(said: str | None) -> Any:
 @JSON
 def command(
     models: tuple[str, ...],
-    tasks: str,
+    tasks: str | None,
+    harness: tuple[str, ...],
     split: str,
     reference: str | None,
     ensemble: bool,
+    baselines: tuple[str, ...],
     stages: bool,
     measure: str,
     overrides: tuple[str, ...],
@@ -88,36 +105,56 @@ def command(
     as_json: bool,
     **held: Any,
 ) -> None:
-    """Evaluate checkpoints and recipes (.yaml) on tasks. A recipe is evaluated without being written.
+    """Evaluate checkpoints, recipes (.yaml) and ensembles (.yaml) on tasks. Nothing is written for it.
 
     \b
     Example:
       surgery eval merge.yaml --tasks tasks.yaml --set steps.merged.weight=0.4
       surgery eval merge.yaml math/ code/ --tasks tasks.yaml --reference base/ --ensemble
+      surgery eval upscaled.yaml big/ --lm-eval hellaswag --lm-eval mine.yaml
     """
     from surgery.errors import Refused
     from surgery.lab.bootstrap import Settings
     from surgery.lab.evaluation import is_recipe
+    from surgery.lab.fused import is_fused, read_fused
+    from surgery.lab.harness import tasks_of
     from surgery.lab.render import table
-    from surgery.lab.together import beside, named
+    from surgery.lab.robust import robustness
+    from surgery.lab.tasks import read_tasks
+    from surgery.lab.together import beside, ingredients, named
     from surgery.recipe.document import parse_override
     from surgery.recipe.native import read_recipe
 
     changed = dict(parse_override(text) for text in overrides)
     if changed and not any(is_recipe(m) for m in models):
         raise Refused("--set changes recipes; none is given")
-    if ensemble and len(models) < 3:
-        raise Refused(
-            "--ensemble needs a model, and two or more after it to average", hint="surgery eval merge.yaml a/ b/ --ensemble"
-        )
+    if tasks is None and not harness:
+        raise Refused("nothing to evaluate on", hint="--tasks tasks.yaml, or --lm-eval TASK")
+    wanted = [*(read_tasks(tasks) if tasks is not None else ()), *tasks_of(harness)]
     settings = Settings(resamples, level)
-    chosen = {n: read_recipe(m, changed) if is_recipe(m) else m for n, m in named(models).items()}
+
+    def opened(model: str) -> Any:
+        if not is_recipe(model):
+            return model
+        return read_fused(model, changed) if is_fused(model) else read_recipe(model, changed)
+
+    chosen = {n: opened(m) for n, m in named(models).items()}
+    parts = list(chosen)[1:]
+    if ensemble and len(models) == 1:
+        found = {n: m for n, m in ingredients(chosen[next(iter(chosen))]).items() if n not in chosen}
+        chosen |= found
+        parts = list(found)
+    if ensemble and len(parts) < 2:
+        raise Refused(
+            "--ensemble averages two models or more: those after the first, or the ones that a recipe merges",
+            hint="surgery eval merge.yaml a/ b/ --ensemble",
+        )
     reports = beside(
         chosen,
-        tasks,
+        wanted,
         split=split,
         reference=reference,
-        ensemble_of=list(chosen)[1:] if ensemble else (),
+        ensemble_of=parts if ensemble else (),
         resident=make_resident(**held),
         settings=settings,
     )
@@ -126,10 +163,20 @@ def command(
         from surgery.lab.sequence import forgetting
 
         lost = forgetting(reports[: len(models)], measure, settings)
+    called = dict(zip(models, named(models), strict=True))
+    kept = robustness(reports, baselines=[called.get(b, b) for b in baselines], settings=settings)
+    if baselines and not kept:
+        raise Refused(
+            "--baseline is for robustness, and no task here has shifts", hint="corruptions: [noise, blur], or shift_of: TASK"
+        )
     if as_json:
-        print_json({"models": [r.as_dict() for r in reports]} | ({"stages": lost.as_dict()} if lost else {}))
+        more: dict[str, Any] = {"stages": lost.as_dict()} if lost else {}
+        more |= {"robustness": [r.as_dict() for r in kept]} if kept else {}
+        print_json({"models": [r.as_dict() for r in reports]} | more)
         return
     click.echo(table(reports))
+    if kept:
+        _say_robustness(kept)
     if lost is not None:
         from surgery.lab.render import shown
 
@@ -137,3 +184,17 @@ def command(
         for name in ("final", "forgetting", "backward_transfer"):
             click.echo(f"  {name.replace('_', ' '):18} {shown(getattr(lost, name))}")
     click.echo(f"\nintervals: {level:.0%}, bootstrap with {resamples} resamples")
+
+
+def _say_robustness(found: Sequence[Robustness]) -> None:
+    from surgery.lab.render import columns, shown
+
+    for task in dict.fromkeys(r.task for r in found):
+        rows = [["  model", "as it is", "shifted", "lost", *(["effective robustness"] if found[0].effective else [])]]
+        mine = [r for r in found if r.task == task]
+        for r in mine:
+            cells = [shown(e) for e in (r.inside, r.outside, r.lost, r.effective) if e is not None]
+            rows.append([f"  {r.model}", *cells])
+        shifts = ", ".join(s.removeprefix(f"{task}+") for s in mine[0].shifts)
+        click.echo(f"\nrobustness of {mine[0].measure} on {task} under {shifts}:")
+        click.echo("\n".join(columns(rows)))

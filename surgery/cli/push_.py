@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ def command(out: str, repo: str, private: bool, revision: str | None, message: s
     Example:
       surgery push merged/ my-org/my-merge --private
     """
-    folder = Path(out).expanduser()
+    folder = Path(os.path.expanduser(out))
     _check(folder)
     click.echo(_push(folder, repo, private=private, revision=revision, message=message))
 

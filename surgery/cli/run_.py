@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from surgery.cli.options import OUT, RECIPE, SET, STREAM, run_options
+from surgery.errors import Refused
 
 
 @click.command("run")
@@ -16,8 +17,20 @@ from surgery.cli.options import OUT, RECIPE, SET, STREAM, run_options
 @SET
 @STREAM
 @click.option("--verify", is_flag=True, help="First hash the inputs, where digests of them are known.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who computes; default this process.")
+@click.option("--address", metavar="HOST:PORT", help="Head of the Ray cluster; `local`: one of this machine alone.")
+@click.option("--staging", metavar="DIR", type=click.Path(), help="For outputs in object stores: where shards are made.")
 @run_options
-def command(recipe: str, out: str, overrides: tuple[str, ...], stream: bool, verify: bool, **options: Any) -> None:
+def command(
+    recipe: str,
+    out: str,
+    overrides: tuple[str, ...],
+    stream: bool,
+    verify: bool,
+    engine: str,
+    address: str | None,
+    **options: Any,
+) -> None:
     """Carry out RECIPE: stream the result to OUT in bounded memory.
 
     OUT appears when it is complete. A run that was killed goes on with --resume, to the same bytes.
@@ -27,6 +40,8 @@ def command(recipe: str, out: str, overrides: tuple[str, ...], stream: bool, ver
       surgery run merge.yaml -o merged/
       surgery run merge.yaml -o merged/ --memory 1GB --profile
       surgery run merge.yaml -o merged/ --stream
+      surgery run merge.yaml -o s3://bucket/merged
+      surgery run /shared/merge.yaml -o /shared/merged --engine ray
     """
     from surgery.cli.plan_ import planned
     from surgery.cli.progress import carry_out
@@ -36,7 +51,20 @@ def command(recipe: str, out: str, overrides: tuple[str, ...], stream: bool, ver
         plan = planned(recipe, overrides)
     if verify:
         _verify(plan, options["threads"], options["quiet"])
+    if engine == "ray":
+        options["hire"] = _cluster(recipe, overrides, stream, address)
+    elif address is not None:
+        raise Refused("--address names a cluster", hint="add --engine ray")
     carry_out(plan, out, **options)
+
+
+def _cluster(recipe: str, overrides: tuple[str, ...], stream: bool, address: str | None) -> Any:
+    from surgery.cluster.crew import hire
+    from surgery.recipe.document import parse_override
+    from surgery.remote.mode import is_streaming
+
+    values = dict(parse_override(text) for text in overrides)
+    return hire(recipe, values, streams=stream or is_streaming(), address=address)
 
 
 def _verify(plan: Any, threads: int | None, quiet: bool) -> None:

@@ -9,13 +9,17 @@ from surgery.cli.options import JSON, OUT, print_json
 
 @click.command("statistics")
 @click.argument("model")
-@click.option("--kind", type=click.Choice(["gram", "fisher"]), required=True, help="For `regmean` or for `fisher`.")
+@click.option(
+    "--kind", type=click.Choice(["gram", "fisher", "sensitivity", "angular"]), required=True,
+    help="For `regmean`; for `fisher`; squared gradients of the loss; for `drop_layers`.",
+)  # fmt: skip
 @click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False), help="Texts: .txt lines, or .jsonl.")
 @OUT
 @click.option("--samples", default=256, show_default=True, type=click.IntRange(1), help="Texts at most.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
 @click.option("--seed", default=0, show_default=True, help="Of the labels that are drawn for Fisher information.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Tensors to collect for; default all. Repeatable.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Texts in a gradient, for sensitivity.")
 @click.option("--memory", default="4GB", show_default=True, metavar="SIZE", help="For Gram matrices held at a time.")
 @click.option("--overwrite", is_flag=True, help="Replace the statistics checkpoint at OUT.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
@@ -29,12 +33,13 @@ def command(
     length: int,
     seed: int,
     only: tuple[str, ...],
+    batch: int,
     memory: str,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Collect what merging by data needs of MODEL: Gram matrices of layer inputs, or Fisher information.
+    """Collect what merging by data needs of MODEL: Gram matrices of layer inputs, Fisher information, and more.
 
     The model is loaded with transformers in float32; texts run through it one at a time. A .jsonl line holds `text`, or
     `input_ids` for models without a tokenizer.
@@ -69,6 +74,7 @@ def command(
         seed=seed,
         memory=parse_size(memory),
         only=only or ("*",),
+        batch=batch,
         overwrite=overwrite,
         progress=progress,
     )

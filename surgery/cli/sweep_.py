@@ -17,11 +17,20 @@ from surgery.cli.options import JSON, print_json
 @click.argument("sweep", type=click.Path(dir_okay=False))
 @click.option("-o", "--out", type=click.Path(), help="Directory for results; default SWEEP without its ending, here.")
 @click.option("--resume", is_flag=True, help="Go on with a sweep that was stopped.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would be tried and what it takes; evaluate nothing.")
 @resident_options
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 @JSON
 def command(
-    sweep: str, out: str | None, resume: bool, resamples: int, level: float, quiet: bool, as_json: bool, **held: Any
+    sweep: str,
+    out: str | None,
+    resume: bool,
+    only_plan: bool,
+    resamples: int,
+    level: float,
+    quiet: bool,
+    as_json: bool,
+    **held: Any,
 ) -> None:
     """Search the numbers of a recipe that make the best model: chosen on validation, reported once on test.
 
@@ -35,6 +44,9 @@ def command(
     from surgery.lab.bootstrap import Settings
     from surgery.lab.search import sweep as carry_out
 
+    if only_plan:
+        _plan(sweep, as_json, **held)
+        return
     with _progress(show=not quiet) as told:
         made = carry_out(
             sweep, out, resume=resume, resident=make_resident(**held), settings=Settings(resamples, level), told=told
@@ -43,6 +55,30 @@ def command(
         print_json(made.as_dict())
     elif not quiet:
         click.echo(summary(made))
+
+
+def _plan(sweep: str, as_json: bool, **held: Any) -> None:
+    from surgery.engine.render import amount
+    from surgery.lab.memory import memory_of
+    from surgery.lab.space import read_search
+
+    search = read_search(sweep)
+    memory = memory_of(search, make_resident(**held).room.limit)
+    if as_json:
+        print_json({"method": search.method, "trials": search.total, "objective": {g.task: g.measure for g in search.goals},
+                    "memory": vars(memory) | {"total": memory.total}})  # fmt: skip
+        return
+    count = "as many trials as it takes" if search.total is None else f"{search.total} trials"
+    goals = ", ".join(f"{g.task} {g.measure}" for g in search.goals)
+    click.echo(f"{search.method}, {count}, chosen on validation by {goals}")
+    for d in search.dimensions:
+        values = f"{len(d.values)} values" if d.values is not None else f"{d.low:g} to {d.high:g}"
+        click.echo(f"  {d.name}: {values}")
+    learning = f", {amount(memory.learning)} while learning" if memory.learning else ""
+    kept = f"{amount(min(memory.kept, memory.limit))} of inputs kept (at most {amount(memory.limit)})"
+    live = f"{amount(memory.model)} live model"
+    click.echo(f"memory: {amount(memory.total)} and what an evaluation takes: {live}, {kept}{learning}")
+    click.echo("no trial writes a model")
 
 
 def summary(made: Any) -> str:
@@ -65,12 +101,24 @@ def summary(made: Any) -> str:
     lines += columns(rows)
     if len(made.objective) > 1:
         lines.append(f"not beaten in every objective (Pareto front): trials {', '.join(str(t.number) for t in made.front)}")
+    if made.learned:
+        learned = made.learned
+        seen = f"{', '.join(learned['tasks'])} ({learned['split']} split, {learned['loss']})"
+        lines.append(f"learned from {seen}, {learned['steps']} steps")
+        if "stopped" in learned:
+            lines.append(f"warning: learning stopped: {learned['stopped']}")
     lines.append(f"{made.out}: best.yaml, results.csv, results.json")
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value on one line: of maps with many numbers how many there are, and from where to where they go."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict) and len(value) > 4:
+        numbers = list(value.values())
+        return f"{{{len(numbers)} numbers, {min(numbers):.3g} to {max(numbers):.3g}}}"
+    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else str(value)
 
 
 @contextmanager

@@ -32,14 +32,15 @@ def command(out: str, as_json: bool, threads: int | None) -> None:
     Example:
       surgery verify merged/
       surgery verify merged/ --json
+      surgery verify s3://bucket/merged
     """
     from pathlib import Path
 
     from surgery.cli.progress import bar
     from surgery.engine.verify import verify
 
-    total = sum(p.stat().st_size for p in Path(out).glob("*.safetensors") if p.is_file())
-    with bar(total, show=not as_json and sys.stderr.isatty()) as advance:
+    total = 0 if "://" in out else sum(p.stat().st_size for p in Path(out).glob("*.safetensors") if p.is_file())
+    with bar(total or None, show=not as_json and sys.stderr.isatty()) as advance:
         verdict = verify(out, threads=threads, progress=advance)
     if as_json:
         print_json(verdict.as_dict())

@@ -8,12 +8,13 @@ changed unseen. Parts are written as they are made, in one pass; the manifest co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.delta.codecs.stream import pack_text, unpack_text
 from surgery.delta.fingerprint import digest
 from surgery.delta.manifest import SPEC, Manifest, bad, read_manifest
+from surgery.delta.spool import HELD, Spool, pieces
 from surgery.errors import Failed, Refused
 
 SUFFIX = ".delta.safetensors"
@@ -35,7 +37,7 @@ _KEPT = 4  # tensors whose lossy payload is kept
 
 def is_package(location: str) -> bool:
     """Whether a location is a package: by its name, or by what its header says."""
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if not path.is_file() or path.suffix != ".safetensors":
         return False
     if path.name.endswith(SUFFIX):
@@ -114,10 +116,13 @@ class PackageWriter:
         self._file.truncate()
         self._length = 0
 
-    def add(self, name: str, data: bytes) -> None:
-        """A whole part, which may be empty."""
-        self.write(data)
-        self.parts.append((name, len(data), digest(data)))
+    def add(self, name: str, data: Any) -> None:
+        """A whole part, which may be empty: bytes, or a `Spool`."""
+        hashed = hashlib.sha256()
+        for piece in pieces(data):
+            self.write(piece)
+            hashed.update(piece)
+        self.parts.append((name, len(data), hashed.hexdigest()))
         self._length = 0
 
     def finish(self, data: dict[str, Any]) -> int:
@@ -162,7 +167,7 @@ class Package:
     """An opened package: manifest and header are checked, nothing else is read. Safe to share between threads."""
 
     def __init__(self, location: str) -> None:
-        self.path = str(Path(location).expanduser())
+        self.path = str(Path(os.path.expanduser(location)))
         if not os.path.isfile(self.path):
             raise Refused(f"{location}: no such package")
         self._fd = os.open(self.path, os.O_RDONLY)
@@ -187,12 +192,12 @@ class Package:
             raise bad(self.path, "its header is not the one that belongs to its manifest")
 
         self._hashes = {name: wanted for name, _, wanted in self.manifest.parts}
-        self._kept: dict[str, Mapping[str, bytes]] = {}
+        self._kept: dict[str, Mapping[str, Any]] = {}
         self._lock = threading.Lock()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            close(self._fd)
 
     @property
     def mode(self) -> str:
@@ -210,16 +215,23 @@ class Package:
             made += more
         return made
 
-    def payload(self, tensor: str, shorts: tuple[str, ...]) -> Mapping[str, bytes]:
-        """All parts of a lossy tensor, checked. Those of the last few tensors are kept."""
+    def payload(self, tensor: str, shorts: tuple[str, ...]) -> Mapping[str, Any]:
+        """All parts of a lossy tensor, checked; large ones stay on disk. Those of the last few tensors are kept."""
         with self._lock:
             if tensor in self._kept:
                 return self._kept[tensor]
-        made = {}
+        made: dict[str, Any] = {}
         for short in shorts:
             name = f"tensor/{tensor}/{short}"
-            made[short] = self.read(name)
-            if digest(made[short]) != self._hashes[name]:
+            stored, hashed = self._stored[name], hashlib.sha256()
+            large = stored.nbytes > HELD
+            made[short] = Spool(self._fd, stored.offset, stored.nbytes) if large else self.read(name)
+            try:
+                for piece in pieces(made[short]):
+                    hashed.update(piece)
+            except ValueError:
+                raise bad(self.path, f"ends inside `{name}`") from None
+            if hashed.hexdigest() != self._hashes[name]:
                 raise bad(self.path, f"`{tensor}` is damaged")
         with self._lock:
             self._kept[tensor] = made

@@ -56,10 +56,25 @@ _LOSSY_LAYER = _object(
                 "rel_fro": {"type": ["number", "null"], "minimum": 0},
                 "gain": {"type": ["number", "null"]},
                 "bound": {"type": ["number", "null"], "minimum": 0},
+                "output": {"type": ["number", "null"], "minimum": 0},
             },
         ),
     },
 )
+_TEXTS = {"file": _NAME, "sha256": _HASH, "texts": _COUNT, "tokens": _COUNT}
+_MEASURE = {"type": ["number", "null"], "minimum": 0}
+_EVALUATION = _object(
+    [*_TEXTS, "held_out", "outputs", "error", "kl", "agree"],
+    {
+        **_TEXTS,
+        "held_out": {"type": "boolean"},
+        "outputs": {"enum": ["logits", "hidden states"]},
+        "error": _MEASURE,
+        "kl": _MEASURE,
+        "agree": {**_MEASURE, "maximum": 1},
+    },
+)
+_CALIBRATION = _object([*_TEXTS, "fitted"], {**_TEXTS, "fitted": {"type": "object", "additionalProperties": _COUNT}})
 _TENSOR = _object(
     ["dtype", "shape", "sha256"],
     {
@@ -105,6 +120,8 @@ SCHEMA: dict[str, Any] = {
                 },
             ),
             "tensors": {"type": "object", "additionalProperties": _TENSOR},
+            "evaluation": _EVALUATION,
+            "calibration": _CALIBRATION,
             "dropped": {"type": "array", "items": _NAME},
             "files": {
                 "type": "object",
@@ -212,6 +229,7 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(data):
         place = ".".join(map(str, error.absolute_path)) or "manifest"
         raise bad(where, f"its manifest is wrong at {place}: {error.message[:200]}")
+    _printable(data, where)
     entries = {name: _entry(name, entry, where) for name, entry in data["tensors"].items()}
     for name, e in entries.items():
         _check_entry(name, e, entries, data["mode"], where)
@@ -238,6 +256,19 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     if fingerprint.root_hash(roots) != data["target"]["root"]:
         raise bad(where, "its target root is not that of its tensors")
     return Manifest(data, entries)
+
+
+def _printable(data: Any, where: str) -> None:
+    """Refuse names that cannot be hashed (lone surrogates) or would write to a terminal, wherever they are."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, str) and not value.isprintable():
+            raise bad(where, f"its manifest holds text with characters that cannot be printed: {ascii(value)[:100]}")
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
 
 
 def _entry(name: str, said: Mapping[str, Any], where: str) -> Entry:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from surgery.checkpoint.dtypes import DType
 from surgery.checkpoint.layout import parse_size
 from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
@@ -37,10 +38,20 @@ from surgery.graph.node import Node, SourceNode
 from surgery.version import __version__
 
 MEMORY = 10**9  # bytes that tensors which are coded with losses at the same time may take together
-_PER_ELEMENT, _PER_FACTORED = 32, 96  # bytes that coding one element of them takes; with singular vectors
+_PER_ELEMENT = 32  # bytes that coding one element of them takes, where a codec does not say
 
 Choice = tuple[Lossy, Mapping[str, Any]]
 Choose = Callable[[Tensor], Choice | None]
+
+
+class Judge(Protocol):
+    """Looks at a lossy package while it is made."""
+
+    def see(self, name: str, dtype: DType, start: int, raw: Any) -> None:
+        """Elements of a rebuilt tensor from `start` on, as bytes; from any thread."""
+
+    def conclude(self) -> dict[str, Any]:
+        """The manifest's `evaluation` and `calibration`, as far as there are any, once everything has been seen."""
 
 
 @dataclass
@@ -69,16 +80,18 @@ def pack(
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    judge: Judge | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Packed:
     """Write the package that makes `model` of `base` to file `out`.
 
     codec: for what is carried exactly. choose: target tensor -> (lossy codec, options), None for those carried exactly;
     without it the package is exact. memory: bytes, or text like "1GB", that tensors which are coded with losses at the same
-    time may take together; a larger one is coded alone. Raises Refused (nothing is left behind) or Failed.
+    time may take together; a larger one is coded alone. judge: sees what lossy tensors are rebuilt to; what it concludes goes
+    into the manifest. Raises Refused (nothing is left behind) or Failed.
     """
     began = time.perf_counter()
-    job = _Job(base, model, codec, choose, threads, MEMORY if memory is None else parse_size(memory), progress)
+    job = _Job(base, model, codec, choose, threads, None if memory is None else parse_size(memory), judge, progress)
     job.refuse_place(Path(out))
     writer = PackageWriter(Path(out), job.part_names(), overwrite=overwrite)
     try:
@@ -106,7 +119,8 @@ class _Job:
         codec: Exact,
         choose: Choose | None,
         threads: int | None,
-        memory: int,
+        memory: int | None,
+        judge: Judge | None,
         progress: Callable[[int], None] | None,
     ) -> None:
         if threads is not None and threads < 1:
@@ -116,7 +130,9 @@ class _Job:
                 raise Refused(f"the {what} of a package must be weights; this one is a delta", hint="add it to its base first")
         reuse_freed_memory()
         self._nodes, self._codec, self._choose = (base, model), codec, choose
-        self._progress, self._memory = progress or (lambda n: None), memory
+        self._progress, self._judge = progress or (lambda n: None), judge
+        self._memory = MEMORY if memory is None else memory
+        self._most = available() if memory is None else memory
         self._threads = threads or len(os.sched_getaffinity(0))
         self.stored, self.made = stored_tensors(base), stored_tensors(model)
         self.base, self.target = unknown(self.stored), unknown(self.made)
@@ -173,7 +189,11 @@ class _Job:
         pairs |= self._renamed(pool, pairs)
         order = [name for _, _, names in self._headers for name in names]
         pairings = {n: self._pairing(n, pairs.get(n)) for n in order}
-        plan = ((n, p, self._choice(p)) for n, p in pairings.items())
+        choices = {n: self._choice(p) for n, p in pairings.items()}
+        for n, choice in choices.items():
+            if choice is not None:
+                self._room(choice, pairings[n].target)  # refuses before anything is coded
+        plan = ((n, p, choices[n]) for n, p in pairings.items())
         base_hash: dict[str, Tensor] = {}
         tensors: dict[str, Any] = {}
         first: dict[str, str] = {}  # content -> the tensor that holds it
@@ -189,6 +209,7 @@ class _Job:
             self.warnings.append("hardly anything is saved by this base: is it the one that the model was made from?")
         for i, (_, raw, _) in enumerate(self._headers):
             writer.add(f"header/{i}", pack_text(raw))
+        judged = {} if self._judge is None else self._judge.conclude()
         return {
             "spec": SPEC,
             "producer": f"weight-surgery {__version__}",
@@ -202,6 +223,7 @@ class _Job:
                 ],
             },
             "tensors": tensors,
+            **judged,
             "dropped": dropped(self.base, base_names),
             "files": self._write_files(writer),
         }
@@ -260,14 +282,28 @@ class _Job:
         for name, pairing, choice in plan:
             if choice is not None:
                 waiting.append((name, pairing, choice, 1))
-                factored = getattr(choice[0], "matrix", False) or choice[0].name.startswith("hybrid/")
-                each = _PER_FACTORED if factored else _PER_ELEMENT
-                yield each * pairing.target.numel, code_lossy, pairing, self._readers, choice[0], choice[1]
+                see = None if self._judge is None else self._judge.see
+                yield self._room(choice, pairing.target), code_lossy, pairing, self._readers, choice[0], choice[1], see
                 continue
             ranges = fingerprint.chunks(pairing.target.shape)
             waiting.append((name, pairing, choice, len(ranges)))
             for a, b in ranges:
                 yield 0, code_chunk, pairing, self._readers, self._codec, a, b
+
+    def _room(self, choice: Choice, target: Tensor) -> int:
+        """Bytes that coding a tensor takes. Raises Refused where a codec that holds whole matrices needs more than there is."""
+        stated = getattr(choice[0], "room", None)
+        if stated is None:
+            return _PER_ELEMENT * target.numel
+        need: int = stated(target.shape, **choice[1])
+        if need > self._most and not getattr(choice[0], "streams", False):
+            shape = " × ".join(map(str, target.shape))
+            raise Refused(
+                f"`{target.name}` ({shape}): {choice[0].name} holds whole matrices and needs about {need / 1e9:.3g} GB; "
+                f"{self._most / 1e9:.3g} GB may be taken",
+                hint="give more --memory, leave this tensor out with --only, or take a codec that streams, such as dither",
+            )
+        return need
 
     def _write(
         self,
@@ -320,7 +356,7 @@ class _Job:
             said["same"] = True
             return said
         for short, payload in made.coded.parts.items():
-            writer.add(f"tensor/{target.name}/{short}", bytes(payload))
+            writer.add(f"tensor/{target.name}/{short}", payload)
         said["layer"] = {
             "codec": choice[0].name,
             "key": target.name,
@@ -410,6 +446,15 @@ class _Job:
     def _looks_unrelated(self, tensors: Mapping[str, Any]) -> bool:
         held = sum(sum(e["layer"].get("lengths", ())) for e in tensors.values() if "layer" in e)
         return held > 0.6 * sum(self.target[n].nbytes for n in tensors)
+
+
+def available() -> int:
+    """Bytes of memory that can be taken without swapping, where the system says; else no limit."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 1 << 62
 
 
 def unknown(exprs: Mapping[str, Expr]) -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ def overview(package: Package) -> dict[str, Any]:
         "codecs": {codec: _sum(found) for codec, found in codecs.items()},
         "layers": {layer: _sum([tensors[n] for n in names]) for layer, names in grouped.items()},
         "total": _sum(tensors.values()),
+        "evaluation": dict(data["evaluation"]) if "evaluation" in data else None,
+        "calibration": dict(data["calibration"]) if "calibration" in data else None,
         "tensors": list(tensors.values()),
         "dropped": list(data["dropped"]),
         "files": {path: dict(file) for path, file in data["files"].items()},
@@ -101,4 +103,8 @@ def _sum(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         made["rel_fro"] = sqrt(sum(t["elements"] * t["error"]["rel_fro"] ** 2 for t in coded) / total)
         made["gain"] = sum(t["elements"] * t["error"]["gain"] for t in coded) / total
         made["max_abs"] = max(t["error"]["max_abs"] for t in coded)
+    known = [t for t in coded if t["error"].get("output") is not None]
+    if known:
+        share = sum(t["elements"] for t in known)
+        made["output"] = sqrt(sum(t["elements"] * t["error"]["output"] ** 2 for t in known) / share)
     return made

@@ -10,7 +10,7 @@ from typing import Any
 from surgery.checkpoint import config as configs
 from surgery.checkpoint.sidecar import licence
 from surgery.checkpoint.source import Source
-from surgery.checkpoint.ties import declared_ties, tie_flag
+from surgery.checkpoint.ties import declared_ties, is_token_embedding, tie_flag
 from surgery.checkpoint.vocabulary import compare_vocabularies, token_ids, vocabulary_rows, vocabulary_sizes
 from surgery.engine.plan import Plan
 from surgery.engine.quantised import check_quantised
@@ -147,7 +147,9 @@ def _true_ties(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     """A head that is written although config ties it makes the output untied."""
     if tie_flag(config) is not True or not any("embed" not in p.name and len(p.shape) == 2 for p in plan.programs):
         return config
-    tables = {p.shape for p in plan.programs if p.name in vocabulary_rows({p.name: p.shape}, config)}
+    sizes = vocabulary_sizes(config)
+    likely = [p for p in plan.programs if (sizes.intersection(p.shape) if sizes else is_token_embedding(p.name))]
+    tables = {p.shape for p in likely if p.name in vocabulary_rows({p.name: p.shape}, config)}
     heads = [p for p in plan.programs if p.shape in tables and len(p.shape) == 2]
     if len(heads) < 2:
         return config

@@ -14,6 +14,7 @@ import numpy as np
 from surgery.checkpoint.dtypes import BF16, F32, DType
 from surgery.checkpoint.stored import Stored
 from surgery.engine import convert
+from surgery.engine.blocks import Blocks, Workspace
 from surgery.engine.convert import Array
 from surgery.engine.digest import piece_digests
 from surgery.engine.pieces import PIECE
@@ -50,6 +51,7 @@ class Evaluator:
         self._used = 0
         self._raw = np.empty(PIECE * 8, np.uint8)
         self.scratch = np.empty(PIECE * 8, np.uint8)
+        self._blocks: Workspace | None = None
         self._small = False  # few elements from elsewhere are wanted: not worth a buffer of the arena
         self.sound: bool | None = None  # whether the last output is all finite; None: not known
         self._work: Any = np.float32
@@ -244,9 +246,34 @@ class Evaluator:
         result: Array = made.detach().reshape(-1).cpu().numpy()
         return result.astype(self._work, copy=False)
 
-    def at(self, expr: Applied) -> At:
-        """Where the current piece lies, as operators and statistics are told."""
-        return At(expr.part, self._start, row_length(expr.shape), expr.key)
+    def at(self, expr: Applied, start: int | None = None) -> At:
+        """Where the current piece (or the one that begins at `start`) lies, as operators and statistics are told."""
+        return At(expr.part, self._start if start is None else start, row_length(expr.shape), expr.key)
+
+    # -- blocks: see surgery.engine.blocks -------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> Profile | None:
+        return self._profile
+
+    def workspace(self) -> Workspace:
+        self._blocks = self._blocks or Workspace()
+        return self._blocks
+
+    def whole(self, reads: Sequence[Read]) -> bool:
+        return any(id(r.source) in self._watched for r in reads)
+
+    def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
+        kept = self._start, self._stop
+        self._start, self._stop = start, stop
+        self._fetch(read, out)
+        self._start, self._stop = kept
+
+    def in_blocks(self, blocks: Blocks) -> Array | None:
+        """The piece of a program as bfloat16 bytes, as `output` makes it; None if it cannot be computed so."""
+        out = self._space(2)
+        self.sound = blocks.output(self, self._start, self._stop, out)
+        return out if self.sound is not None else None
 
     # -- stored bytes ----------------------------------------------------------------------------------------------------
 

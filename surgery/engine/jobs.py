@@ -5,13 +5,15 @@ A program is a job of several phases: one for each pass of each statistic it nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from surgery.checkpoint.dtypes import BF16
 from surgery.engine import convert
+from surgery.engine.blocks import Blocks
 from surgery.engine.digest import combine, piece_digests
 from surgery.engine.evaluate import Disagreement, Evaluator
 from surgery.engine.pieces import WINDOW, pieces, segments
@@ -19,6 +21,7 @@ from surgery.engine.plan import Program, traits
 from surgery.engine.profile import Profile
 from surgery.errors import Refused
 from surgery.graph.expr import Agree, Applied, Derived, Expr, Measure, Read, walk
+from surgery.ops.eager import row_length
 from surgery.ops.statistics import At, Stored
 
 MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
@@ -40,12 +43,17 @@ class Phase:
 class MeasurePhase(Phase):
     """One pass of a statistic over its tensors, repeated for as long as it asks for another."""
 
-    def __init__(self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None]) -> None:
+    def __init__(
+        self, measure: Measure, *, wide: bool, lenient: bool, then: Callable[[], Phase | None], statistic: Any = None
+    ) -> None:
+        """statistic: one that has passes behind it; otherwise a fresh one."""
         self._measure, self._lenient, self._then = measure, lenient, then
-        self._statistic = measure.start()  # becomes the measure's when it is concluded: an aborted run leaves nothing behind
+        # becomes the measure's when it is concluded: an aborted run leaves nothing behind
+        self._statistic = measure.start() if statistic is None else statistic
         found = traits([a for part in measure.parts for a in part.args])
         self._wide, self._whole, self._shared = wide or found.wide, found.whole, found.shared
         self._work: list[tuple[Applied, int, int]] = []
+        self._blocks: dict[int, Blocks | None] = {}
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -53,7 +61,7 @@ class MeasurePhase(Phase):
         work = [(part, a, b) for part in self._measure.parts for a, b in pieces(part.shape, whole=self._whole)]
         if self._statistic.sampled:
             step = max(1, len(work) // MAX_WINDOWS)
-            work = [(part, a, min(b, a + WINDOW)) for part, a, b in work[::step]]
+            work = [(part, a, min(b, a + _window(part))) for part, a, b in work[::step]]
         self._work = work
         self._seen: list[tuple[At, Any] | None] = [None] * len(work)
         self._runs = segments(len(work))
@@ -66,13 +74,14 @@ class MeasurePhase(Phase):
             evaluator.begin(start, stop, wide=self._wide, shared=self._shared)
             at = evaluator.at(part)
             try:
-                self._seen[i] = (at, self._observe(evaluator, part, stop - start, at))
+                seen = self._in_blocks(evaluator, part, at, stop)
+                self._seen[i] = seen or (at, self._observed(evaluator, part, at, stop - start))
             except FloatingPointError:
                 raise culprit(part, start, stop, evaluator) or _too_large(part) from None
             size += (stop - start) * sum(e.dtype.size for e in walk(part.args) if isinstance(e, Read))
         return size
 
-    def _observe(self, evaluator: Evaluator, part: Applied, count: int, at: At) -> Any:
+    def _observed(self, evaluator: Evaluator, part: Applied, at: At, count: int) -> Any:
         statistic = self._statistic
         if not self._lenient and isinstance(statistic, Stored) and statistic.takes_stored:
             pairs = evaluator.pairs(part.args)
@@ -83,12 +92,61 @@ class MeasurePhase(Phase):
             inputs = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in inputs]
         return statistic.observe(inputs, at)
 
+    def _in_blocks(self, evaluator: Evaluator, part: Applied, at: At, stop: int) -> tuple[At, Any] | None:
+        """The same without leaving the cache, where the statistic and everything that it looks at can."""
+        watching = None if self._lenient else getattr(self._statistic, "watch", None)
+        watch = watching(at, stop - at.start) if watching is not None else None
+        if watch is None:
+            return None
+        if id(part) not in self._blocks:
+            row = at.row or 1 if part.op.locality == "rows" else 1
+            self._blocks[id(part)] = Blocks.of(part.args, wide=self._wide, whole=self._whole, row=row)
+        blocks = self._blocks[id(part)]
+        if blocks is None or not blocks.watch(evaluator, watch, at.start, stop):
+            return None
+        return at, watch.seen()
+
+    @property
+    def statistic(self) -> Any:
+        """The statistic as it stands before this pass."""
+        return self._statistic
+
+    def observations(self, task: int) -> list[tuple[At, Any] | None]:
+        """What a task saw, for `accept` of the same phase in another process."""
+        return [self._seen[i] for i in self._runs[task]]
+
+    def accept(self, task: int, observations: list[tuple[At, Any] | None]) -> None:
+        """Take over what a task saw elsewhere."""
+        for i, seen in zip(self._runs[task], observations, strict=True):
+            self._seen[i] = seen
+
     def conclude(self) -> Phase | None:
         if self._statistic.conclude(self._seen):
             self._measure.statistic = self._statistic
             return self._then()
         self._lay_out()
         return self
+
+
+def _window(part: Applied) -> int:
+    """Elements of a sample's window: whole rows, where something below needs those."""
+    rows = [row_length(e.shape) for e in walk(part.args) if isinstance(e, Applied) and e.op.locality == "rows"]
+    row = max(1, *rows) if rows else 1
+    return max(row, WINDOW // row * row)
+
+
+class Slice(Phase):
+    """Some tasks of a phase, which goes on elsewhere."""
+
+    def __init__(self, phase: Phase, chosen: Sequence[int]) -> None:
+        self._phase, self._chosen = phase, chosen
+        self.tasks = len(chosen)
+
+    def do(self, evaluator: Evaluator, task: int) -> int:
+        return self._phase.do(evaluator, self._chosen[task])
+
+    def conclude(self) -> None:
+        return None
 
 
 def measured(
@@ -121,6 +179,9 @@ class WritePhase(Phase):
         self._inputs: list[list[tuple[Any, bytes]]] = [[]] * len(self._pieces)
         self._runs = segments(len(self._pieces))
         self.tasks = len(self._runs)
+        self._blocks: Blocks | None = None
+        if program.dtype is BF16:
+            self._blocks = Blocks.of_sum(program.expr, wide=program.wide, whole=program.whole)
         self._per_element = sum(e.dtype.size for e in walk([program.expr]) if isinstance(e, Read)) + program.dtype.size
 
     def do(self, evaluator: Evaluator, task: int) -> int:
@@ -129,7 +190,8 @@ class WritePhase(Phase):
             start, stop = self._pieces[i]
             evaluator.begin(start, stop, wide=program.wide, shared=program.shared)
             try:
-                out = evaluator.output(program.expr, program.dtype)
+                made = None if self._blocks is None else evaluator.in_blocks(self._blocks)
+                out = evaluator.output(program.expr, program.dtype) if made is None else made
             except Disagreement as found:
                 raise disagreement(program.name, found) from None
             if evaluator.seen:

@@ -219,8 +219,8 @@ def model_wide(programs: Sequence[Program]) -> list[list[Measure]]:
             if measure.scope == "global" and id(measure) not in done:
                 below = [e.measure for e in walk(measure.parts) if isinstance(e, Applied) and e.measure is not None]
                 group: list[Measure] = []
-                for m in [*below, measure]:
-                    if id(m) not in done and (m is measure or m.scope != "global" or m not in group):
+                for m in [*(m for m in below if m is not measure), measure]:
+                    if id(m) not in done:
                         done.add(id(m))
                         group.append(m)
                 groups.append(group)

@@ -58,9 +58,9 @@ class _Handle:
                 hint="do not write to inputs during a run; --overwrite starts afresh with what is there now",
             )
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 class View(NamedTuple):

@@ -19,12 +19,13 @@ import numpy as np
 
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.layout import Layout
-from surgery.checkpoint.source import FileState, Source, read_json
+from surgery.checkpoint.source import FileState, Source, open_source, read_json
 from surgery.checkpoint.stored import Stored
 from surgery.engine.digest import SCHEME, combine, piece_digests
 from surgery.engine.pieces import pieces
 from surgery.engine.reader import Reader
 from surgery.errors import Refused, SurgeryError
+from surgery.remote.address import scheme_of
 
 MANIFEST = "surgery.json"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ class Verdict:
     manifest. unreadable: weight file -> what is wrong with it. changed: headers and other files that differ or are gone.
     """
 
-    path: Path
+    path: Path | str
     known: str
     tensors: int = 0
     nbytes: int = 0
@@ -62,7 +63,10 @@ class Verdict:
 
 
 def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
-    """Hash the checkpoint in directory `path` again. Raises Refused if nothing is known that it could be compared with."""
+    """Hash the checkpoint in directory `path`, or at a URL, again. Raises Refused if nothing is known that it could be compared
+    with."""
+    if scheme_of(os.fspath(path)) is not None:
+        return _elsewhere(os.fspath(path), threads, progress or (lambda n: None))
     folder, tell = Path(path), progress or (lambda n: None)
     if not folder.is_dir():
         raise Refused(f"{folder}: no such directory", hint="name the directory of a checkpoint")
@@ -76,6 +80,19 @@ def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress
         f"{folder}: has no {MANIFEST}, and is not in a hub cache: there is nothing to compare it with",
         hint="only outputs of `surgery run` and downloads of the hub can be verified",
     )
+
+
+def _elsewhere(url: str, threads: int | None, tell: Progress) -> Verdict:
+    """An output that lies elsewhere: its weights are read where they are. Files beside them are not compared."""
+    source = open_source(url)
+    wanted = known_digests(source)
+    if not wanted:
+        raise Refused(f"{url}: has no {MANIFEST}: there is nothing to compare it with")
+    verdict = Verdict(source.location, "manifest", len(wanted), source.nbytes)
+    verdict.missing = [name for name in wanted if name not in source.tensors]
+    verdict.extra = [name for name in source.tensors if name not in wanted]
+    verdict.damaged, verdict.unreadable = _damaged(source.tensors, wanted, source.files, threads, tell)
+    return verdict
 
 
 def _checked(path: Path, found: Mapping[str, Any]) -> Mapping[str, Any]:

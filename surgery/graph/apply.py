@@ -33,7 +33,7 @@ class OpNode(Node):
 
     An operator that takes statistics gets them as the second half of its inputs: looked up under the names of the models'
     tensors, they decide neither which tensors there are nor of what type. A tensor that some statistics lack is combined as
-    the operator says for that case (`Op.without`).
+    the operator says for that case (`Op.without`). A mask is zero where it has no tensor, and decides no type either.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class OpNode(Node):
             if node.space == wanted:
                 continue
             name = node.label or f"input {i + 1}"
-            if node.space == "statistics":
+            if wanted == "mask" or node.space == "mask":
+                message = f"{self.op.name} takes {wanted if wanted == 'mask' else 'no mask'} here; `{name}` is {_what(node)}"
+                hint = "a mask is what `surgery sweep` with `method: graft` writes, and goes into `graft`"
+            elif node.space == "statistics":
                 message = f"{self.op.name} takes {'deltas' if wanted == 'delta' else wanted}; `{name}` is statistics"
                 hint = "statistics go into `regmean` and `fisher`, after the models"
             elif wanted == "delta":
@@ -106,7 +109,8 @@ class OpNode(Node):
 
     def _check_provenance(self) -> None:
         """Statistics speak of the weights that they were collected from, and of no others."""
-        for model, node in zip(self.models, self.statistics, strict=True):
+        masks = [(self.models[0], n) for n in self.models if n.space == "mask"]
+        for model, node in [*zip(self.models, self.statistics, strict=bool(self.statistics)), *masks]:
             made_from = [s.source for s in sources_of(model)]
             for source in sources_of(node):
                 problem = source.mismatch(made_from) if hasattr(source, "mismatch") else None
@@ -156,8 +160,7 @@ class OpNode(Node):
     # -- from checkpoints to tensors -------------------------------------------------------------------------------------
 
     def _build(self) -> dict[str, Expr]:
-        if self.statistics:
-            self._check_provenance()
+        self._check_provenance()
         names: dict[str, None] = {}
         for node in self.models:
             names.update(dict.fromkeys(node.tensors))
@@ -199,12 +202,12 @@ class OpNode(Node):
             if expr is None:
                 expr = node.stand_in(name)
             if expr is None:
-                expr = _ZERO if node.space == "delta" and name in node.left_out else _ABSENT
+                expr = _ZERO if node.space == "mask" or (node.space == "delta" and name in node.left_out) else _ABSENT
             found.append(expr)
         return found
 
     def _combine(self, name: str, args: list[Expr]) -> Expr:
-        present = [a for a in args if a is not _ZERO]
+        present = [a for a, node in zip(args, self.models, strict=True) if a is not _ZERO and node.space != "mask"]
         if any(not a.dtype.is_float for a in present):
             reads = list({id(a): a for p in present for a in (p.args if isinstance(p, Agree) else [p])}.values())
             self._same_shape(name, args, exact=True)
@@ -411,6 +414,10 @@ def _statistic_params(op: Op) -> list[str]:
     assert op.statistic is not None
     named = inspect.signature(op.statistic).parameters
     return [p.name for p in op.params if p.name in named]
+
+
+def _what(node: Node) -> str:
+    return {"weights": "weights", "statistics": "statistics", "mask": "a mask"}.get(node.space, "a delta")
 
 
 def _dims(shape: tuple[int, ...]) -> str:

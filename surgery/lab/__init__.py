@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.lab.bootstrap import Estimate, Settings
-    from surgery.lab.evaluation import Report, Result, evaluate
+    from surgery.lab.evaluation import Report, evaluate
+    from surgery.lab.fused import Fused, fuse
+    from surgery.lab.judge import Result
     from surgery.lab.path import Barrier, barrier
     from surgery.lab.resident import Resident
     from surgery.lab.search import sweep
     from surgery.lab.sequence import Forgetting, forgetting
     from surgery.lab.tasks import Task, make_task, read_tasks
     from surgery.lab.together import beside
+    from surgery.lab.tuco import Contribution, contribution
 
 _HOME = {
-    "Barrier": "path", "Estimate": "bootstrap", "Forgetting": "sequence", "Report": "evaluation", "Resident": "resident",
-    "Result": "evaluation", "Settings": "bootstrap", "Task": "tasks", "barrier": "path", "beside": "together",
+    "Barrier": "path", "Contribution": "tuco", "contribution": "tuco", "Fused": "fused", "fuse": "fused",
+    "Estimate": "bootstrap", "Forgetting": "sequence", "Report": "evaluation", "Resident": "resident",
+    "Result": "judge", "Settings": "bootstrap", "Task": "tasks", "barrier": "path", "beside": "together",
     "evaluate": "evaluation", "forgetting": "sequence", "make_task": "tasks", "read_tasks": "tasks", "sweep": "search",
 }  # fmt: skip
 __all__ = [
-    "Barrier", "Estimate", "Forgetting", "Report", "Resident", "Result", "Settings", "Task", "barrier", "beside", "evaluate",
-    "forgetting", "make_task", "read_tasks", "sweep",
+    "Barrier", "Contribution", "Estimate", "Forgetting", "Fused", "Report", "Resident", "Result", "Settings", "Task", "barrier",
+    "beside", "contribution", "evaluate", "forgetting", "fuse", "make_task", "read_tasks", "sweep",
 ]  # fmt: skip
 
 

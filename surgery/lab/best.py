@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from surgery.errors import Refused
 from surgery.recipe.document import Document
 from surgery.recipe.mergekit.read import read_dialect
 
@@ -65,6 +66,46 @@ def mix_recipe(models: Locations, op: str, params: Mapping[str, Any], folder: Pa
     named = {name: _from(place, folder) for name, place in models.items()}
     step = {"op": op, "of": list(models), **params}
     return dumped({"models": named, "steps": {"soup": step}, "output": {"from": "soup"}})
+
+
+def lines_recipe(base: str, tuned: Locations, folder: Path) -> str:
+    """LiNeS on the delta of one fine-tune, or on the sum of several."""
+    models = _with_base(base, tuned, folder)
+    steps: dict[str, Any] = {f"{name}_task": {"op": "diff", "of": [name, "base"]} for name in tuned}
+    tasks = list(steps)
+    if len(tasks) == 1:
+        steps["scaled"] = {"op": "lines", "of": tasks, "alpha": 1.0}
+    else:
+        steps["sum"] = {"op": "add", "of": tasks}
+        steps["scaled"] = {"op": "lines", "of": ["sum", *tasks], "alpha": "auto", "beta": 0.5}
+    steps["merged"] = {"op": "add", "of": ["base", "scaled"]}
+    return dumped({"models": models, "steps": steps, "output": {"from": "merged"}})
+
+
+def sum_recipe(base: str, tuned: Locations, trim: float | None, folder: Path) -> str:
+    """A base and the deltas of its fine-tunes, each with a weight of its own in the step `merged`. trim: TIES first."""
+    models = _with_base(base, tuned, folder)
+    steps: dict[str, Any] = {f"{name}_task": {"op": "diff", "of": [name, "base"]} for name in tuned}
+    tasks = list(steps)
+    if trim is not None:
+        steps |= {f"{name}_kept": {"op": "elect", "of": tasks, "which": i, "density": trim} for i, name in enumerate(tuned)}
+        tasks = [f"{name}_kept" for name in tuned]
+    steps["merged"] = {"op": "add", "of": ["base", *tasks], "weight": [1.0] * len(tasks)}
+    return dumped({"models": models, "steps": steps, "output": {"from": "merged"}})
+
+
+def graft_recipe(base: str, tuned: str, folder: Path, keep: bool) -> str:
+    """A fine-tune's entries on its base where a mask in the folder `mask` says so. keep: also tensors that the base lacks."""
+    models = {"base": _from(base, folder), "tuned": _from(tuned, folder), "mask": "mask"}
+    step = {"op": "graft", "of": ["tuned", "base", "mask"]} | ({"missing": "keep"} if keep else {})
+    return dumped({"models": models, "steps": {"grafted": step}, "output": {"from": "grafted"}})
+
+
+def _with_base(base: str, tuned: Locations, folder: Path) -> dict[str, str]:
+    taken = next((name for name in tuned if name in ("base", "merged", "scaled", "sum")), None)
+    if taken is not None:
+        raise Refused(f"the recipe of this sweep calls something else `{taken}`", hint="models: {another_name: path}")
+    return {"base": _from(base, folder)} | {name: _from(place, folder) for name, place in tuned.items()}
 
 
 def _from(place: str, folder: Path) -> str:

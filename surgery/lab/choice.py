@@ -26,6 +26,7 @@ class Choice(Task):
         "prompt": str, "choices": (str, list), "answer": str, "normalise": str, "separator": str, "length": int,
     }  # fmt: skip
     OUTCOME: ClassVar[type] = Labelled
+    CORRUPTED: ClassVar[str | None] = "texts"
 
     def validate(self) -> None:
         if self.said.get("normalise", "none") not in NORMALISE:
@@ -70,8 +71,9 @@ class Choice(Task):
         longest = min(n for n in (self.said.get("length", 2048), subject.positions) if n is not None)
         tokenizer = subject.tokenizer
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        prompts = self.corrupted(table.texts(self.said.get("prompt", "prompt")))
         ids, skipped = [], []
-        for i, (prompt, texts) in enumerate(zip(table.texts(self.said.get("prompt", "prompt")), options, strict=True)):
+        for i, (prompt, texts) in enumerate(zip(prompts, options, strict=True)):
             bare = prompt.rstrip()
             before = start + tokenizer(bare, add_special_tokens=False)["input_ids"]
             for text in texts:

@@ -28,6 +28,7 @@ class Classification(Task):
         "text": (str, list), "label": str, "labels": list, "length": int, "head": str, "pooling": str, "normalize": bool,
     }  # fmt: skip
     OUTCOME: ClassVar[type] = Labelled
+    CORRUPTED: ClassVar[str | None] = "texts"
 
     def validate(self) -> None:
         if self.said.get("pooling", "mean") not in POOLING:
@@ -53,7 +54,7 @@ class Classification(Task):
 
     def _tokenised(self, subject: Subject, table: Table) -> list[dict[str, list[int]]]:
         columns = self.said.get("text", "text")
-        texts = [table.texts(c) for c in ([columns] if isinstance(columns, str) else columns)]
+        texts = [self.corrupted(table.texts(c)) for c in ([columns] if isinstance(columns, str) else columns)]
         if not 1 <= len(texts) <= 2:
             raise self.refuse(f"`text` names {len(texts)} columns, expected one or two")
         longest = min(n for n in (self.said.get("length", 512), subject.positions) if n is not None)
@@ -92,6 +93,8 @@ class Classification(Task):
         import torch
 
         head = self._head()
+        if hasattr(subject.module, "stands_for"):
+            raise self.refuse(f"{subject.name} puts predictions together; a `head` takes the hidden states of one model")
         body = Subject(getattr(subject.module, "base_model", subject.module), subject.name, device=subject.device)
         states = body.run(**inputs).last_hidden_state
         mask = inputs["attention_mask"].to(states.device)

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.engine.plan import Plan
 from surgery.errors import Refused
 from surgery.lab import measures
-from surgery.lab.bootstrap import Draws, Estimate, Settings, draw, grouped
-from surgery.lab.measures import Context, Measure
-from surgery.lab.outcome import Labelled, Language, Outcome
-from surgery.lab.reliability import reliability
+from surgery.lab.bootstrap import Estimate, Settings
+from surgery.lab.judge import Result, measures_of, result
+from surgery.lab.measures import Measure
+from surgery.lab.outcome import Labelled, Outcome
 from surgery.lab.resident import Builder, Resident
 from surgery.lab.subject import Subject
-from surgery.lab.tasks import Task, as_tasks
-
-
-@dataclass
-class Result:
-    """One model on one task. estimates: measure -> value with interval. difference: measure -> this model less the reference,
-    on the same resamples. outcome: what it was computed from. draws: for statistics over several results."""
-
-    task: str
-    split: str
-    estimates: dict[str, Estimate]
-    difference: dict[str, Estimate] = field(default_factory=dict)
-    temperature: float | None = None
-    outcome: Outcome | None = None
-    draws: dict[str, Draws] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"split": self.split, "measures": {k: e.as_dict() for k, e in self.estimates.items()}}
-        if self.difference:
-            made["difference"] = {k: e.as_dict() for k, e in self.difference.items()}
-        if self.temperature is not None:
-            made["temperature"] = self.temperature
-        if isinstance(self.outcome, Labelled):
-            made["calibration"] = reliability(self.outcome)
-        return made
+from surgery.lab.tasks import as_tasks
 
 
 @dataclass
@@ -70,10 +46,30 @@ class Evaluator:
         self.tasks = as_tasks(tasks)
         self.resident = resident or Resident()
         self.settings = settings or Settings()
+        self.alongside: Subject | None = None  # the reference, alive beside each model, where tokens are compared
+
+    @property
+    def home_of_reference(self) -> Resident:
+        """Where the reference lives: by itself, if it has to stay alive."""
+        apart = any(t.compares_tokens for t in self.tasks)
+        return self.resident.beside("reference") if apart else self.resident
+
+    def refer_to(self, model: Any, split: str) -> dict[tuple[str, str], Outcome]:
+        """The outcomes of the reference.
+
+        Where a task on texts compares next-token distributions, which are too large to keep, the reference stays alive beside
+        the models that follow. Raises Refused.
+        """
+        subject = self.subject(model, resident=self.home_of_reference)
+        if any(t.compares_tokens for t in self.tasks):
+            self.alongside = subject
+        return self.outcomes(subject, {t.name: split for t in self.tasks})
 
     def outcomes(self, model: Any, splits: Mapping[str, str], name: str | None = None) -> dict[tuple[str, str], Outcome]:
         """(task, split) -> outcome of one model. splits: task -> split or "validation+test"."""
         subject = self.subject(model, name)
+        if subject is not self.alongside:
+            subject.beside = self.alongside
         made = {}
         for task in self.tasks:
             for split in splits.get(task.name, "").split("+"):
@@ -81,17 +77,24 @@ class Evaluator:
                     made[task.name, split] = task.run(subject, split)
         return made
 
-    def subject(self, model: Any, name: str | None = None) -> Subject:
-        """Whatever may be evaluated, alive."""
+    def subject(self, model: Any, name: str | None = None, *, resident: Resident | None = None) -> Subject:
+        """Whatever may be evaluated, alive. resident: where; default this evaluator's own."""
+        from surgery.lab.fused import Fused, alive, is_fused, read_fused
+
+        resident = resident or self.resident
         if isinstance(model, Subject):
             return model
+        if is_fused(model):
+            model = read_fused(model)
+        if isinstance(model, Fused):
+            return alive(model, name or model.name, resident, self.subject)
         plan = plan_of(model)
         if plan is not None:
-            return self.resident.show(plan, name or name_of(model))
+            return resident.show(plan, name or name_of(model))
         if hasattr(model, "state_dict") and hasattr(model, "eval"):
             config = getattr(model, "config", None)
             said = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-            return Subject(model.eval(), name or type(model).__name__, said, forward=self.resident.forward)
+            return Subject(model.eval(), name or type(model).__name__, said, forward=resident.forward)
         raise Refused(f"{model!r} cannot be evaluated", hint="give a path, a recipe, a surgery.Checkpoint, or a torch module")
 
     def report(self, model: Any, *, split: str = "test", reference: Mapping[Any, Outcome] | None = None,
@@ -104,9 +107,17 @@ class Evaluator:
         outcomes = self.outcomes(model, splits, name)
         return self.judged(name or name_of(model), outcomes, wanted, split, reference)
 
-    def judged(self, name: str, outcomes: Mapping[Any, Outcome], wanted: Mapping[str, list[Measure]], split: str,
-               reference: Mapping[Any, Outcome] | None = None) -> Report:  # fmt: skip
-        """Measures of outcomes that are there already."""
+    def judged(
+        self,
+        name: str,
+        outcomes: Mapping[Any, Outcome],
+        wanted: Mapping[str, list[Measure]],
+        split: str,
+        reference: Mapping[Any, Outcome] | None = None,
+        parts: Sequence[Mapping[Any, Outcome]] = (),
+    ) -> Report:
+        """Measures of outcomes that are there already. parts: outcomes of the models that this one was merged from."""
+        families = {t.name: t.family for t in self.tasks}
         made = {}
         for task, chosen in wanted.items():
             outcome = outcomes[task, split]
@@ -115,69 +126,11 @@ class Evaluator:
             if any(m.needs == "validation" for m in chosen) and isinstance(fit, Labelled):
                 heat = measures.temperature(fit)
             other = None if reference is None else reference.get((task, split))
-            made[task] = result(task, split, outcome, chosen, self.settings, reference=other, temperature=heat)
+            made[task] = result(
+                task, split, outcome, chosen, self.settings, reference=other, temperature=heat,
+                parts=[p[task, split] for p in parts], family=families.get(task),
+            )  # fmt: skip
         return Report(name, made)
-
-
-def result(task: str, split: str, outcome: Outcome, chosen: Sequence[Measure], settings: Settings, *,
-           reference: Outcome | None = None, temperature: float | None = None) -> Result:  # fmt: skip
-    """Estimates of `chosen` measures, and paired differences from the reference for those that do not need one."""
-    chosen = [m for m in chosen if m.needs != "spans" or measures.with_spans(getattr(outcome, "names", None))]
-    key = f"{task}/{split}"
-    if reference is not None and not _comparable(outcome, reference):
-        raise Refused(f"task `{task}`: model and reference do not see the same examples and classes")
-    context = Context(reference, temperature)
-    found = _draws(outcome, chosen, context, settings, key)
-    estimates = {m.name: d.estimate(settings.level) for m, d in zip(chosen, found, strict=True)}
-    difference: dict[str, Estimate] = {}
-    if reference is not None:
-        plain = [m for m in chosen if not m.needs or m.needs == "spans"]
-        own = dict(zip([m.name for m in chosen], found, strict=True))
-        for m, theirs in zip(plain, _draws(reference, plain, context, settings, key), strict=True):
-            difference[m.name] = minus(own[m.name], theirs).estimate(settings.level)
-    heat = temperature if any(m.needs == "validation" for m in chosen) else None
-    return Result(task, split, estimates, difference, heat, outcome, dict(zip([m.name for m in chosen], found, strict=True)))
-
-
-def _draws(outcome: Outcome, chosen: Sequence[Measure], context: Context, settings: Settings, key: str) -> list[Draws]:
-    if not chosen:
-        return []
-    features = [grouped(m.features(outcome, context), outcome.units) for m in chosen]
-    return draw(features, [m.finish for m in chosen], settings, key)
-
-
-def minus(a: Draws, b: Draws) -> Draws:
-    """The difference of two values on the same resamples."""
-    return Draws(a.value - b.value, a.resampled - b.resampled, a.without - b.without)
-
-
-def _comparable(a: Outcome, b: Outcome) -> bool:
-    if isinstance(a, Labelled) and isinstance(b, Labelled):
-        return a.scores.shape == b.scores.shape and bool((a.labels == b.labels).all())
-    return isinstance(a, Language) and isinstance(b, Language) and len(a.nll) == len(b.nll)
-
-
-def measures_of(task: Task, split: str, with_reference: bool, only: Sequence[str] | None = None) -> list[Measure]:
-    """The measures a task is asked for; by default all that it can give with what there is. Raises Refused."""
-    table = measures.table_of(task.OUTCOME)
-    lacking = {"reference": not with_reference, "validation": "validation" not in task.splits or split == "validation"}
-    names = only if only is not None else task.wanted
-    if names is None:
-        return [m for m in table.values() if not lacking.get(m.needs, False)]
-    made = []
-    for name in names:
-        measure = measures.find(name, task.OUTCOME, task.what)
-        if lacking.get(measure.needs, False):
-            if only is None and measure.needs == "validation" and "validation" in task.splits:
-                continue  # asked of the test split; on validation itself it says nothing
-            if only is None and measure.needs == "reference":
-                continue
-            hint = (
-                "--reference names one" if measure.needs == "reference" else "it is fitted on `validation`, reported on `test`"
-            )
-            raise Refused(f"{task.what} cannot give `{name}` without a {measure.needs}", hint=hint)
-        made.append(measure)
-    return made
 
 
 def plan_of(model: Any) -> Plan | None:
@@ -208,10 +161,12 @@ def is_recipe(location: str | os.PathLike[str]) -> bool:
 
 def name_of(model: Any) -> str:
     """What reports call a model."""
+    from surgery.lab.fused import Fused
+
     if isinstance(model, str | os.PathLike):
         path = Path(model)
         return path.stem if is_recipe(path) else path.name or str(path)
-    if isinstance(model, Subject):
+    if isinstance(model, Subject | Fused):
         return model.name
     node = getattr(model, "node", None)
     return str(getattr(node, "label", None) or getattr(node, "verb", None) or type(model).__name__)
@@ -240,15 +195,15 @@ def evaluate(
     """
     evaluator = Evaluator(tasks, resident=resident or Resident(build=build, forward=forward), settings=settings)
 
-    def subject(given: Any, called: str | None) -> Any:
+    def subject(given: Any, called: str | None, home: Resident | None = None) -> Any:
         if tokenizer is None and forward is None:
             return given
-        made = evaluator.subject(given, called)
+        made = evaluator.subject(given, called, resident=home)
         made.given_tokenizer = tokenizer or made.given_tokenizer
         made.forward = forward or made.forward
         return made
 
     known = None
     if reference is not None:
-        known = evaluator.outcomes(subject(reference, None), {t.name: split for t in evaluator.tasks})
+        known = evaluator.refer_to(subject(reference, None, evaluator.home_of_reference), split)
     return evaluator.report(subject(model, name), split=split, reference=known, name=name or name_of(model))

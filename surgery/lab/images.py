@@ -26,6 +26,7 @@ class Images(Task):
         "x": str, "y": str, "labels": list, "scale": (int, float), "mean": list, "std": list, "size": list,
     }  # fmt: skip
     OUTCOME: ClassVar[type] = Labelled
+    CORRUPTED: ClassVar[str | None] = "images"
 
     def validate(self) -> None:
         size = self.said.get("size")
@@ -55,6 +56,12 @@ class Images(Task):
         if not len(images):
             raise self.refuse(f"{path}: the split is empty")
         images = images * np.float32(self.said.get("scale", 1.0))
+        if self.corruption is not None:
+            if images.ndim < 3:
+                raise self.refuse(
+                    f"{path}: {list(images.shape)} are no images to corrupt: height and width are the last two axes"
+                )
+            images = self.corrupted(images)
         for key, by in (("mean", np.subtract), ("std", np.divide)):
             if key in self.said:
                 values = np.array(self.said[key], np.float32)

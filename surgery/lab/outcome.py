@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,19 +41,38 @@ class Language:
     """Texts scored by a language model, one entry per window. nll: summed over the window's tokens, in nats.
 
     tokens: scored ones. bytes: of UTF-8 that they stand for (the document's, shared out by tokens). groups: as in `Labelled`.
+    kl, agree: summed over the window's tokens, KL(reference || model) in nats and how often both think the same token most
+    likely; None where no reference ran alongside.
     """
 
     nll: Array
     tokens: Array
     bytes: Array
     groups: Array
+    kl: Array | None = None
+    agree: Array | None = None
 
     @property
     def units(self) -> Array:
         return self.groups
 
 
-Outcome = Labelled | Language
+@dataclass(frozen=True)
+class Scored:
+    """Measures that were computed elsewhere, example by example (lm-evaluation-harness).
+
+    features: measure -> (n, k) summands. finishes: measure -> from sums (B, k) to values (B,).
+    """
+
+    features: Mapping[str, Array]
+    finishes: Mapping[str, Callable[[Array], Array]]
+
+    @property
+    def units(self) -> Array:
+        return np.arange(max((len(f) for f in self.features.values()), default=0))
+
+
+Outcome = Labelled | Language | Scored
 
 
 def log_softmax(scores: Array) -> Array:

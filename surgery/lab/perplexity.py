@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from surgery.lab.outcome import Array, Language
-from surgery.lab.scoring import check_causal, token_scores
+from surgery.lab.scoring import check_causal, token_scores_beside
 from surgery.lab.subject import Subject
 from surgery.lab.table import read_table
 from surgery.lab.tasks import Task
@@ -36,6 +36,7 @@ class Perplexity(Task):
 
     KEYS: ClassVar[Mapping[str, Any]] = {"text": str, "length": int, "context": int}
     OUTCOME: ClassVar[type] = Language
+    CORRUPTED: ClassVar[str | None] = "texts"
 
     def validate(self) -> None:
         if self.said.get("context", 1) < 1 or self.said.get("context", 1) >= self.said.get("length", 512):
@@ -44,9 +45,10 @@ class Perplexity(Task):
     def run(self, subject: Subject, split: str) -> Language:
         check_causal(self, subject)
         windows = self.once((split, subject.tokenizer, subject.positions), lambda: self._windows(subject, split))
-        scores = token_scores(subject, windows.ids, windows.skipped, self.said.get("batch"))
+        beside = subject.beside if self.compares_tokens else None
+        scores, kl, agree = token_scores_beside(subject, beside, windows.ids, windows.skipped, self.said.get("batch"))
         nll = np.array([-s.sum() for s in scores])
-        return Language(nll, np.array([len(s) for s in scores], float), windows.bytes, windows.groups)
+        return Language(nll, np.array([len(s) for s in scores], float), windows.bytes, windows.groups, kl, agree)
 
     def _documents(self, split: str) -> list[str]:
         said = self.said.get(split)
@@ -68,7 +70,8 @@ class Perplexity(Task):
         made = [text for text in made if text.strip()][: self.said.get("limit")]
         if not made:
             raise self.refuse(f"the {split} split holds no text")
-        return made
+        corrupted: list[str] = self.corrupted(made)
+        return corrupted
 
     def _windows(self, subject: Subject, split: str) -> _Windows:
         length = min(n for n in (self.said.get("length", 512), subject.positions) if n is not None)

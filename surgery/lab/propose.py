@@ -33,14 +33,14 @@ def sampled(search: Search, trials: Trials, folder: Path) -> None:
         directions=["maximize"] * (len(search.goals) if several else 1),
         load_if_exists=True,
     )
-    space = {d.key: d.distribution() for d in search.dimensions}
+    space = {d.name: d.distribution() for d in search.dimensions}
     states = optuna.trial.TrialState
 
     def told(number: int, trial: Trial) -> None:
         if trial.score is None:
             study.tell(number, state=states.FAIL)
         else:
-            study.tell(number, goal_values(trial, search.goals) if several else trial.score)
+            study.tell(number, goal_values(trial, trials.goals) if several else trial.score)
 
     for before in study.get_trials(deepcopy=False):
         if before.state == states.COMPLETE or (before.state == states.FAIL and before.params.keys() == space.keys()):

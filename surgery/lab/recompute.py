@@ -21,6 +21,7 @@ from surgery.engine.jobs import ClaimPhase, Phase, WritePhase, measured
 from surgery.engine.pieces import pieces, segments
 from surgery.engine.plan import Plan, Program, traits
 from surgery.graph.expr import Applied, Derived, Expr, Mapped, Measure, Rounded
+from surgery.lab.direct import direct
 from surgery.lab.room import Room, RoomEvaluator, RoomReader
 from surgery.lab.token import Tokens
 
@@ -60,9 +61,16 @@ class Recomputer:
         self._seen: set[str] = set()  # tokens of what went into the plan before
 
     def fill(
-        self, plan: Plan, names: Collection[str], put: Callable[[str, int, Array], None], finished: Callable[[str], None]
+        self,
+        plan: Plan,
+        names: Collection[str],
+        put: Callable[[str, int, Array], None],
+        finished: Callable[[str], None],
+        target: Callable[[str], Array | None] = lambda name: None,
     ) -> None:
         """Compute the tensors `names` of `plan`: put(name, offset in bytes, bytes) in any order, then finished(name).
+
+        target: where all bytes of a tensor lie, to be computed in place; None where there is no such place.
 
         Raises Refused for values that are not finite, and for tensors declared equal that are not.
         """
@@ -95,7 +103,7 @@ class Recomputer:
         for expr, array in made.items():
             self._room.put(fresh[expr][0], array)
             values[id(expr)] = array
-        executor.run(self._jobs(plan, wanted, put, finished))
+        executor.run(self._jobs(plan, wanted, values, put, finished, target))
         self._statistics = {tokens.measure(m): m.statistic for m in measures if m.statistic is not None} | {
             t: s for t, s in self._statistics.items() if t in self._seen
         }
@@ -120,7 +128,14 @@ class Recomputer:
                 stack.extend(e.args)
         return made
 
-    def _jobs(self, plan: Plan, programs: list[Program], put: Any, finished: Any) -> Iterable[Job]:
+    def _jobs(
+        self, plan: Plan, programs: list[Program], values: Mapping[int, Array], put: Any, finished: Any, target: Any
+    ) -> Iterable[Job]:
+        def opened(program: Program, plain: Callable[[], Phase]) -> Phase:
+            done = partial(finished, program.name)
+            made = direct(program, self._reader, values, partial(target, program.name), plain, done)
+            return plain() if made is None else made
+
         for program in programs:
             # measures are done already, and kept: the phase would clear them
             phase = partial(
@@ -132,7 +147,7 @@ class Recomputer:
                 expected=lambda stored: None,
                 profile=None,
             )
-            yield Job(phase, plan.price.whole_tensor if program.whole else 0)
+            yield Job(partial(opened, program, phase), plan.price.whole_tensor if program.whole else 0)
 
 
 def _below(roots: Iterable[Expr]) -> Iterable[Expr]:

@@ -61,14 +61,36 @@ class Resident:
         build: Builder | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        self._recomputer = Recomputer(Room(default_room() if memory is None else memory), threads)
-        self._dtype, self._device, self._builder, self.forward = dtype, _device(device), build, forward
+        self.room = Room(default_room() if memory is None else memory)
+        self._recomputer, self._threads = Recomputer(self.room, threads), threads
+        self._dtype, self.device, self._builder, self.forward = dtype, _device(device), build, forward
         self._signature: Any = None
         self._built: _Built | None = None
         self._plan: Plan | None = None  # keeps alive what tokens of user functions speak of
         self._tokenizers: dict[Path, Any] = {}
         self._written: dict[str, Any] = {}  # directories of tokenizers that plans make
+        self._others: dict[str, Resident] = {}
         self.last = Recomputed(0, 0, True)
+
+    def like(self, *, dtype: str) -> Resident:
+        """One that builds the same modules on the same device in `dtype`, and keeps nothing beside the module."""
+        return Resident(memory=0, threads=self._threads, dtype=dtype, device=self.device, build=self._builder,
+                        forward=self.forward)  # fmt: skip
+
+    @property
+    def places(self) -> Mapping[str, Any]:
+        """Name in the checkpoint -> the parameter or buffer of the shown module that holds it, where one does."""
+        return {} if self._built is None else self._built.places
+
+    def beside(self, key: str) -> Resident:
+        """A second live model, kept under `key`, with the same settings and nothing kept besides its module."""
+        if key not in self._others:
+            self._others[key] = Resident(
+                memory=0, threads=self._threads, dtype=self._dtype, device=self.device, build=self._builder,
+                forward=self.forward,
+            )  # fmt: skip
+            self._others[key]._tokenizers = self._tokenizers
+        return self._others[key]
 
     def show(self, plan: Plan, name: str) -> Subject:
         """The module with the tensors of `plan`. It is the same module every time: what was shown before is gone.
@@ -106,7 +128,7 @@ class Resident:
             config=plan.config or {},
             files=self._files(plan),
             forward=self.forward,
-            device=self._device,
+            device=self.device,
             loaded=self._tokenizers,
         )
 
@@ -124,7 +146,7 @@ class Resident:
         def target(name: str) -> Array:
             with lock:
                 if name not in targets:
-                    place, program = built.places[name], sizes[name]
+                    place, program = built.places[name].data, sizes[name]
                     kind = getattr(torch, program.dtype.torch)
                     if not (place.dtype == kind and place.device.type == "cpu" and place.is_contiguous()):
                         place = staged[name] = torch.empty(program.shape, dtype=kind)
@@ -140,9 +162,9 @@ class Resident:
                 made = staged.pop(name, None)
             if made is not None:
                 with torch.no_grad():
-                    built.places[name].copy_(made)
+                    built.places[name].data.copy_(made)
 
-        self._recomputer.fill(plan, names, put, finished)
+        self._recomputer.fill(plan, names, put, finished, target)
 
     def _build(self, plan: Plan, name: str) -> _Built:
         import torch
@@ -155,7 +177,7 @@ class Resident:
     def _construct(self, plan: Plan, name: str, state: dict[str, Any]) -> Any:
         if self._builder is None:
             hint = "--module FILE.py:FUNCTION builds any module"
-            return load_state(name, plan.config, dict(state), hint=hint, dtype=self._dtype).to(self._device)
+            return load_state(name, plan.config, dict(state), hint=hint, dtype=self._dtype).to(self.device)
         module = self._builder(plan.config or {})
         own = module.state_dict()
         for given, known, what in ((own, state, "lacks"), (state, own, "has a tensor that the module does not know:")):
@@ -172,7 +194,7 @@ class Resident:
             import torch
 
             module = module.to(getattr(torch, self._dtype))
-        return module.to(self._device).eval()
+        return module.to(self.device).eval()
 
     def _files(self, plan: Plan) -> Path | None:
         """The directory that holds the output's tokenizer."""
@@ -205,17 +227,17 @@ def _places(module: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         near = [name] if name in own else [n for n in own if n.endswith("." + name) or name.endswith("." + n)]
         if len(near) != 1 or own[near[0]].shape != value.shape:
             continue
-        place = own[near[0]].data
-        if place.device.type == "meta" or not torch.equal(place.cpu(), value.to(place.dtype)):
+        place = own[near[0]]
+        if place.device.type == "meta" or not torch.equal(place.data.cpu(), value.to(place.dtype)):
             continue
         made[name] = place
-    holders = [p.untyped_storage().data_ptr() for p in made.values() if p.numel()]
+    holders = [p.data.untyped_storage().data_ptr() for p in made.values() if p.numel()]
     return made if len(set(holders)) == len(holders) else {n: p for n, p in made.items() if _alone(p, holders)}
 
 
 def _alone(place: Any, holders: list[int]) -> bool:
     """True unless several tensors of the checkpoint would be written to this one place."""
-    return holders.count(place.untyped_storage().data_ptr()) == 1
+    return holders.count(place.data.untyped_storage().data_ptr()) == 1
 
 
 def _device(name: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.sidecar import write_json
 from surgery.engine.plan import make_plan
 from surgery.errors import Refused
-from surgery.lab import best, propose, soups
+from surgery.lab import best, presets, propose, soups
 from surgery.lab.bootstrap import Settings
-from surgery.lab.evaluation import Evaluator
+from surgery.lab.evaluation import Evaluator, plan_of
+from surgery.lab.goals import Goal
 from surgery.lab.resident import Resident
 from surgery.lab.space import Search, read_search
 from surgery.lab.trials import Directory, Trial, Trials, pareto, write_csv
@@ -24,7 +25,8 @@ Told = Callable[[Trial, Trial | None, int | None], None]
 
 @dataclass
 class Sweep:
-    """A finished sweep. test: task -> what `Result.as_dict` gives, of the chosen trial alone; empty without test splits."""
+    """A finished sweep. test: task -> what `Result.as_dict` gives, of the chosen trial alone; empty without test splits.
+    references: task -> the model that its objective was divided by, and its value. learned: how, of methods that learn."""
 
     out: Path
     method: str
@@ -33,6 +35,8 @@ class Sweep:
     front: list[Trial]
     objective: dict[str, str]
     test: dict[str, Any]
+    references: dict[str, Any] = field(default_factory=dict)
+    learned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:
@@ -48,6 +52,7 @@ class Sweep:
             "chosen": {"trial": self.chosen.number, "params": self.chosen.params, "score": self.chosen.score,
                        "validation": self.chosen.values, "test": self.test},
         }  # fmt: skip
+        made |= {k: v for k, v in (("objective_over", self.references), ("learned", self.learned)) if v}
         if len(self.objective) > 1:
             made["pareto"] = [t.number for t in self.front]
         return made | {"trials": [t.as_dict() for t in self.trials]}
@@ -73,74 +78,91 @@ def sweep(
     evaluator = Evaluator(search.tasks, resident=resident, settings=settings)
     directory = Directory(folder, search, resume=resume)
     try:
-        recipe, members = _recipes(search, folder)
-        total = search.trials if search.dimensions else None
+        recipe, members = presets.write_recipes(search, folder)
+        goals = _scaled(search, directory, evaluator)
 
         def judge(params: dict[str, Any], other: Path | None) -> dict[str, Any]:
-            read = read_recipe(other or recipe, params)
-            plan = make_plan(read.node, read.settings)
-            report = evaluator.report(plan, split="validation", only=search.only, name=recipe.stem)
+            read = read_recipe(other or recipe, search.overrides(params))
+            return judged(make_plan(read.node, read.settings))
+
+        def judged(model: Any) -> dict[str, Any]:
+            report = evaluator.report(model, split="validation", only=search.only, name=recipe.stem)
             return {name: {m: e.as_dict() for m, e in r.estimates.items()} for name, r in report.results.items()}
 
-        trials = Trials(directory, search.goals, judge, lambda t, b: told(t, b, total) if told else None)
+        trials = Trials(directory, goals, judge, lambda t, b: told(t, b, search.total) if told else None)
+        learned: dict[str, Any] = {}
         if search.method == "grid":
             propose.grid(search, trials)
         elif search.method == "greedy_soup":
             soups.greedy(search, trials)
         elif search.method == "lm_cocktail":
             soups.cocktail(search, trials, members)
+        elif search.method == "graft":
+            from surgery.lab import grafts
+
+            learned = grafts.masks(search, recipe, trials, evaluator.resident, folder, judged)
+        elif search.learn is not None:
+            from surgery.lab import learn
+
+            learned = learn.coefficients(search, recipe, trials, evaluator.resident, folder)
         else:
             propose.sampled(search, trials, folder)
-        return _concluded(search, folder, recipe, trials, directory, evaluator)
+        return _concluded(search, recipe, trials, directory, evaluator, goals, learned)
+    except Refused:
+        if not directory.lines and not resume:
+            directory.abandon()
+        raise
     finally:
         directory.close()
 
 
-def _recipes(search: Search, folder: Path) -> tuple[Path, Path]:
-    """The recipe that trials vary, written first where the method makes its own; and that of single members."""
-    recipe = members = folder / "recipe.yaml"
-    if search.recipe is not None:
-        return search.recipe, search.recipe
-    if search.method == "grid":
-        wise = search.said["wise"]
-        recipe.write_text(best.path_recipe(search.beside(wise["base"]), search.beside(wise["tuned"]), folder), "utf-8")
-        return recipe, recipe
-    models = search.models()
-    average = best.mix_recipe(models, "average", {"weight": [1] * len(models)}, folder)
-    if search.method == "lm_cocktail":
-        if any(g.measure != "nll" for g in search.goals):
-            raise Refused(f"{search.path}: lm_cocktail weighs models by their loss", hint="objective: {task: nll}")
-        members = folder / "members.yaml"
-        members.write_text(average, "utf-8")
-        said = {"loss": [0.0] * len(models), "temperature": float(search.said.get("temperature", 5.0))}
-        recipe.write_text(best.mix_recipe(models, "lm_cocktail", said, folder), "utf-8")
-    else:
-        recipe.write_text(average, "utf-8")
-    return recipe, members
+def _scaled(search: Search, directory: Directory, evaluator: Evaluator) -> list[Goal]:
+    """The objectives, each with the value of the model that it is set off against; evaluated once, and written down."""
+    made = []
+    for goal in search.goals:
+        if goal.over is None:
+            made.append(goal)
+            continue
+        key = [goal.task, goal.measure, goal.over]
+        found = next((line["value"] for line in directory.lines if line.get("reference") == key), None)
+        if found is None:
+            report = evaluator.report(plan_of(goal.over), split="validation", only={goal.task: [goal.measure]}, name=goal.over)
+            found = report[goal.task][goal.measure].value
+            directory.add({"reference": key, "value": found})
+        if not found > 0:
+            raise Refused(f"objective of `{goal.task}`: {goal.measure} of {goal.over} is {found:g}, which nothing can be over",
+                          hint="leave `over` out")  # fmt: skip
+        made.append(replace(goal, scale=float(found)))
+    return made
 
 
-def _concluded(search: Search, folder: Path, recipe: Path, trials: Trials, directory: Directory, evaluator: Evaluator) -> Sweep:
+def _concluded(search: Search, recipe: Path, trials: Trials, directory: Directory, evaluator: Evaluator, goals: list[Goal],
+               learned: dict[str, Any]) -> Sweep:  # fmt: skip
+    folder = directory.path
     chosen = trials.done[-1] if search.method == "lm_cocktail" else trials.best
     if chosen is None or chosen.score is None:
         raise Refused(f"every one of {len(trials.done)} trials failed, the last with: {trials.done[-1].error}")
+    changes = {} if search.method == "graft" else search.overrides(chosen.params)
     test = next((line["test"] for line in directory.lines if line.get("of_trial") == chosen.number), None)
     if test is None:
-        test = _tested(search, recipe, chosen.params, evaluator)
+        test = _tested(search, recipe, changes, evaluator)
         directory.add({"of_trial": chosen.number, "test": test})
     made = Sweep(
         out=folder,
         method=search.method,
         trials=trials.done,
         chosen=chosen,
-        front=pareto(trials.done, search.goals),
-        objective={g.task: g.measure for g in search.goals},
+        front=pareto(trials.done, goals),
+        objective={g.task: g.measure for g in goals},
         test=test,
+        references={g.task: {"model": g.over, "value": g.scale} for g in goals if g.over is not None},
+        learned=learned,
     )
     write_csv(folder / "results.csv", made.trials)
     comment = (
         f"Trial {chosen.number} of {len(made.trials)} by {search.method}, chosen on validation: {_goal_text(search, chosen)}"
     )
-    (folder / "best.yaml").write_text(best.recipe_with(recipe, chosen.params, folder, comment), "utf-8")
+    (folder / "best.yaml").write_text(best.recipe_with(recipe, changes, folder, comment), "utf-8")
     write_json(folder / "results.json", made.as_dict())
     return made
 

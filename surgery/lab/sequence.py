@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import Refused
-from surgery.lab.bootstrap import Draws, Estimate, Settings
+from surgery.lab.bootstrap import Draws, Estimate, Settings, combined
 from surgery.lab.evaluation import Report
-from surgery.lab.measures import table_of
 
 
 @dataclass
@@ -58,36 +57,26 @@ def forgetting(reports: Sequence[Report], measure: str = "accuracy", settings: S
     draws = [[_draws(r, t, measure) for t in tasks] for r in reports]
     sign = _sign(reports[0], tasks[0], measure)
     matrix = [[d.estimate(settings.level) for d in row] for row in draws]
-    stages, count = draws[before:], len(tasks)
-    values = [[sign * d.value for d in row] for row in stages]
-    resampled = [[sign * d.resampled for d in row] for row in stages]
-    early = range(count - 1)
+    count, early = len(tasks), range(len(tasks) - 1)
 
-    def backward(r: Any) -> Any:
-        return sum(r[count - 1][j] - r[j][j] for j in early) / len(early)
+    def rows(values: list[Any]) -> list[list[Any]]:
+        """Values per stage and task, turned so that more is better."""
+        return [[sign * v for v in values[i : i + count]] for i in range(0, len(values), count)]
 
-    def lost(r: Any) -> Any:
-        return sum(_largest([r[i][j] for i in range(count - 1)]) - r[count - 1][j] for j in early) / len(early)
+    def backward(values: list[Any]) -> Any:
+        r = rows(values)
+        return sum(r[-1][j] - r[j][j] for j in early) / len(early)
 
-    def final(r: Any) -> Any:
-        return sign * sum(r[count - 1]) / count
+    def lost(values: list[Any]) -> Any:
+        r = rows(values)
+        return sum(np.max(np.array([r[i][j] for i in early]), axis=0) - r[-1][j] for j in early) / len(early)
 
-    made = [_joined(f, values, resampled, draws[0], settings) for f in (backward, lost, final)]
+    def final(values: list[Any]) -> Any:
+        return sum(values[-count:]) / count
+
+    stages = [d for row in draws[before:] for d in row]
+    made = [combined(f, stages, tasks * count).estimate(settings.level) for f in (backward, lost, final)]
     return Forgetting(measure, [r.model for r in reports], tasks, matrix, made[0], made[1], made[2])
-
-
-def _largest(values: Sequence[Any]) -> Any:
-    return np.max(np.array(values), axis=0)
-
-
-def _joined(function: Any, values: Any, resampled: Any, first: Sequence[Draws], settings: Settings) -> Estimate:
-    """A function of several tasks' values. Tasks are resampled independently; percentiles of the resampled values."""
-    value, many = float(function(values)), function(resampled)
-    tail = (1 - settings.level) / 2
-    if any(len(d.without) < 2 for d in first):
-        return Estimate(value, np.nan, np.nan, sum(len(d.without) for d in first))
-    low, high = (float(q) for q in np.quantile(many, [tail, 1 - tail]))
-    return Estimate(value, min(low, value), max(high, value), sum(len(d.without) for d in first))
 
 
 def _draws(report: Report, task: str, measure: str) -> Draws:
@@ -98,8 +87,7 @@ def _draws(report: Report, task: str, measure: str) -> Draws:
 
 
 def _sign(report: Report, task: str, measure: str) -> float:
-    outcome = report.results[task].outcome
-    better = table_of(type(outcome))[measure].better
+    better = report.results[task].better.get(measure, "")
     if not better:
         raise Refused(f"more `{measure}` is neither better nor worse: nothing can be forgotten in it")
     return 1.0 if better == "high" else -1.0

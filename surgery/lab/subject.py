@@ -18,6 +18,7 @@ class Subject:
 
     given_tokenizer: one to use in place of the files'. forward: how to call the module on a batch of images (or whatever the
     task hands it); default `module(batch)`. loaded: tokenizers by directory, shared by subjects that follow one another.
+    beside: the reference, alive, where tasks compare the two token by token.
     """
 
     module: Any
@@ -28,6 +29,7 @@ class Subject:
     forward: Callable[[Any, Any], Any] | None = None
     device: str = "cpu"
     loaded: dict[Path, Any] = field(default_factory=dict)
+    beside: Subject | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -79,7 +81,8 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        return type(self.module).__name__
+        """The class of the module, or the one that a module made of several acts as."""
+        return getattr(self.module, "stands_for", None) or type(self.module).__name__
 
     def run(self, **inputs: Any) -> Any:
         """The output of a transformers model for tensors of token ids."""

@@ -16,7 +16,8 @@ from typing import Any
 from surgery.checkpoint.sidecar import write_json
 from surgery.errors import Refused, SurgeryError
 from surgery.lab.evaluation import plan_of
-from surgery.lab.space import Goal, Search
+from surgery.lab.goals import Goal
+from surgery.lab.space import Search
 from surgery.version import __version__
 
 JOURNAL, IDENTITY, LOCK, STUDY = "trials.jsonl", "sweep.json", ".lock", "study.db"
@@ -40,7 +41,7 @@ class Trial:
 
 def goal_values(trial: Trial, goals: Sequence[Goal]) -> list[float]:
     """Each objective, turned so that larger is better."""
-    return [g.sign * trial.values[g.task][g.measure]["value"] for g in goals]
+    return [g.of(trial.values) for g in goals]
 
 
 def pareto(trials: Sequence[Trial], goals: Sequence[Goal]) -> list[Trial]:
@@ -108,6 +109,13 @@ class Directory:
         with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def abandon(self) -> None:
+        """Remove what a sweep that never had a trial has left, so that it can be started again once it is put right."""
+        for name in (IDENTITY, LOCK, JOURNAL, STUDY, "recipe.yaml", "members.yaml", "learning.pt"):
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def close(self) -> None:
         os.close(self._lock)
 
@@ -136,7 +144,8 @@ def identity(search: Search) -> str:
     return digest.hexdigest()
 
 
-Judge = Callable[[dict[str, Any], Path | None], dict[str, dict[str, dict[str, Any]]]]
+Values = dict[str, dict[str, dict[str, Any]]]
+Judge = Callable[[dict[str, Any], Path | None], Values]
 
 
 class Trials:
@@ -148,12 +157,17 @@ class Trials:
     def __init__(
         self, directory: Directory, goals: Sequence[Goal], judge: Judge, told: Callable[[Trial, Trial | None], None]
     ) -> None:
-        self._directory, self._goals, self._judge, self._told = directory, goals, judge, told
+        self._directory, self.goals, self._judge, self._told = directory, goals, judge, told
         self._known = {_key(line["params"], line.get("of")): line for line in directory.lines if "params" in line}
         self.done: list[Trial] = []
 
-    def evaluate(self, params: dict[str, Any], *, recipe: Path | None = None) -> Trial:
-        """The trial of this point. A point that cannot be computed is a failed trial, unless it is the first."""
+    def evaluate(
+        self, params: dict[str, Any], *, recipe: Path | None = None, judge: Callable[[], Values] | None = None
+    ) -> Trial:
+        """The trial of this point. A point that cannot be computed is a failed trial, unless it is the first.
+
+        recipe: another one than the sweep's. judge: what evaluates it, in place of merging the recipe.
+        """
         of = recipe.name if recipe is not None else None
         line = self._known.get(_key(params, of))
         if line is not None:
@@ -162,7 +176,7 @@ class Trials:
             began = time.perf_counter()
             trial = Trial(len(self.done) + 1, params)
             try:
-                trial.values = self._judge(params, recipe)
+                trial.values = self._judge(params, recipe) if judge is None else judge()
                 trial.score = self._score(trial)
             except SurgeryError as problem:
                 if not self.done:
@@ -177,12 +191,12 @@ class Trials:
         return trial
 
     def _score(self, trial: Trial) -> float | None:
-        values = goal_values(trial, self._goals)
+        values = goal_values(trial, self.goals)
         if any(v != v or v in (float("inf"), float("-inf")) for v in values):
             trial.error = "a measure is not finite"
             return None
-        total = sum(g.weight for g in self._goals)
-        return sum(g.weight * v for g, v in zip(self._goals, values, strict=True)) / total
+        total = sum(g.weight for g in self.goals)
+        return sum(g.weight * v for g, v in zip(self.goals, values, strict=True)) / total
 
     @property
     def best(self) -> Trial | None:

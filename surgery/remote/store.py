@@ -13,7 +13,7 @@ from surgery.remote.file import RemoteFile
 from surgery.remote.problems import Missing, Passing, RemoteProblem
 from surgery.remote.retry import Attempts
 
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class StoreFile(RemoteFile):
@@ -34,10 +34,10 @@ class StoreFile(RemoteFile):
         while True:
             try:
                 made = filesystem(self.url).cat_file(path_of(self.url), start=offset, end=offset + len(out))
-            except _FINAL as problem:
+            except FINAL as problem:
                 raise self._gone(problem) from None
             except Exception as problem:  # every store has errors of its own
-                attempts.failed(Passing(f"{self.url}: cannot be read: {_line(problem)}"))
+                attempts.failed(Passing(f"{self.url}: cannot be read: {line(problem)}"))
                 continue
             if len(made) == len(out):
                 out[:] = made
@@ -61,16 +61,16 @@ class StoreFile(RemoteFile):
                 if found.get("type") != "file" or found.get("size") is None:
                     raise Missing(f"{self.url}: not a file")
                 return found
-            except _FINAL as problem:
+            except FINAL as problem:
                 raise self._gone(problem) from None
             except RemoteProblem:
                 raise
             except Exception as problem:
-                attempts.failed(Passing(f"{self.url}: cannot be reached: {_line(problem)}", reached=False))
+                attempts.failed(Passing(f"{self.url}: cannot be reached: {line(problem)}", reached=False))
 
     def _gone(self, problem: Exception) -> RemoteProblem:
         if isinstance(problem, PermissionError):
-            return RemoteProblem(f"{self.url}: the store refuses it: {_line(problem)}", hint="check the credentials")
+            return RemoteProblem(f"{self.url}: the store refuses it: {line(problem)}", hint="check the credentials")
         return Missing(f"{self.url}: not there", hint="check the address")
 
 
@@ -109,13 +109,13 @@ def list_folder(url: str) -> dict[str, int]:
     except FileNotFoundError:
         raise Missing(f"{url}: not there", hint="check the address") from None
     except PermissionError as problem:
-        raise RemoteProblem(f"{url}: the store refuses it: {_line(problem)}", hint="check the credentials") from None
+        raise RemoteProblem(f"{url}: the store refuses it: {line(problem)}", hint="check the credentials") from None
     except Exception as problem:
-        raise RemoteProblem(f"{url}: cannot be listed: {_line(problem)}", hint="check address and credentials") from None
+        raise RemoteProblem(f"{url}: cannot be listed: {line(problem)}", hint="check address and credentials") from None
     names = {str(f["name"]).rstrip("/").rpartition("/")[2]: int(f["size"] or 0) for f in found if f.get("type") == "file"}
     return {name: size for name, size in names.items() if name not in ("", ".", "..") and "\\" not in name}
 
 
-def _line(problem: Exception) -> str:
+def line(problem: Exception) -> str:
     said = str(problem).strip().splitlines()
     return said[0] if said else type(problem).__name__

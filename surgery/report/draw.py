@@ -42,9 +42,16 @@ def need_matplotlib() -> None:
         raise Refused("reports need matplotlib", hint='pip install "weight-surgery[report]"') from None
 
 
-def svg(figure: Figure, prefix: str) -> str:
-    """The figure as an `<svg>` element: no outside references, ids that begin with `prefix`, colours as variables."""
-    text = _rendered(figure, _PAGE, "svg", prefix).decode("utf-8")
+NARROW = 3.7  # inches: a phone's width
+
+
+def svg(figure: Figure, prefix: str, *, narrow: bool = False, labelled: str | None = None) -> str:
+    """The figure as an `<svg>` element: no outside references, ids that begin with `prefix`, colours as variables.
+
+    narrow: drawn anew for a phone, with letters as large as on a wide page. labelled: id of the text that says what it shows.
+    """
+    size = (NARROW, max(figure.size[1] * (0.95 if figure.size[0] < 6 else 0.85), 2.4)) if narrow else figure.size
+    text = _rendered(figure, _PAGE, "svg", prefix, size).decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
@@ -56,15 +63,15 @@ def svg(figure: Figure, prefix: str) -> str:
     head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)
     for colour, variable in _VARIABLES.items():
         rest = rest.replace(colour, variable)
-    return f'{head} role="img" aria-labelledby="{prefix}-says"{rest}'.strip()
+    return f'{head} role="img" aria-labelledby="{labelled or f"{prefix}-says"}"{rest}'.strip()
 
 
 def png(figure: Figure) -> bytes:
     """The figure on white, 200 dots per inch."""
-    return _rendered(figure, PAPER, "png", figure.name)
+    return _rendered(figure, PAPER, "png", figure.name, figure.size)
 
 
-def _rendered(figure: Figure, palette: Palette, kind: str, salt: str) -> bytes:
+def _rendered(figure: Figure, palette: Palette, kind: str, salt: str, size: tuple[float, float]) -> bytes:
     need_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,7 +82,7 @@ def _rendered(figure: Figure, palette: Palette, kind: str, salt: str) -> bytes:
     style: Any = _STYLE | ink | {"grid.color": palette.rule, "svg.hashsalt": salt, "axes.titlecolor": palette.ink}
     made = io.BytesIO()
     with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=figure.size, layout="constrained")
+        canvas = Canvas(figsize=size, layout="constrained")
         (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(canvas)
         figure.draw(canvas, palette)
         for axes in canvas.axes:

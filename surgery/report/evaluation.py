@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.report.parts import Column, Figure, Section, Table, number
+from surgery.report.plane import around
 from surgery.report.plots import calibration, heat, intervals
 
 _SHOWN = 8  # calibration diagrams
@@ -29,6 +30,8 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
     parts.append(Table("measures", "Every measure with its interval", columns, rows))
     parts += _differences(models, columns)
     parts += _calibrations(models)
+    if data.get("robustness"):
+        parts += _robustness(data["robustness"])
     if data.get("stages"):
         parts += _stages(data["stages"])
     return Section(name, title or "Evaluation", facts, notes, parts)
@@ -91,3 +94,35 @@ def _stages(stages: Mapping[str, Any]) -> list[Figure | Table]:
         Table("forgetting", "Forgetting and backward transfer",
               [Column("what"), Column("value"), Column("low"), Column("high"), Column("units")], summary),
     ]  # fmt: skip
+
+
+def _robustness(found: Sequence[Mapping[str, Any]]) -> list[Figure | Table]:
+    """Per task a picture of shifted against plain, and one table of all."""
+    made: list[Figure | Table] = []
+    for i, task in enumerate(dict.fromkeys(r["task"] for r in found), 1):
+        mine = [r for r in found if r["task"] == task]
+        line = _expected(mine)
+        shifts = ", ".join(s.removeprefix(f"{task}+") for s in mine[0]["shifts"])
+        says = "; ".join(f"{r['model']} {number(r['inside']['value'])}, shifted {number(r['outside']['value'])}" for r in mine)
+        points = [(r["model"], r["inside"]["value"], r["outside"]["value"]) for r in mine]
+        made.append(
+            Figure(f"robustness-{i}", f"Robustness on {task} under {shifts}", says,
+                   around(points, f"{mine[0]['measure']} on {task}", "mean over the shifts", line), (6.4, 4.2))
+        )  # fmt: skip
+    kinds = [k for k in ("inside", "outside", "lost", "effective") if any(k in r for r in found)]
+    titles = {"inside": "as it is", "outside": "shifted", "lost": "lost", "effective": "effective robustness"}
+    columns = [Column("model"), Column("task"), Column("measure")]
+    columns += [Column(f"{titles[k]}{end}") for k in kinds for end in ("", ", low", ", high")]
+    rows = [
+        [r["model"], r["task"], r["measure"], *((r.get(k) or {}).get(e) for k in kinds for e in ("value", "low", "high"))]
+        for r in found
+    ]
+    return [*made, Table("robustness", "Robustness", columns, rows)]
+
+
+def _expected(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]] | None:
+    """What the baselines let expect over the range of accuracies: outside less effective robustness lies on that line."""
+    known = sorted(
+        {(r["inside"]["value"], r["outside"]["value"] - r["effective"]["value"]) for r in found if r.get("effective")}
+    )
+    return ([p[0] for p in known], [p[1] for p in known]) if len(known) > 1 else None

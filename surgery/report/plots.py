@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from surgery.report.parts import short
+
 Draw = Callable[[Any, Any], None]
 Values = Sequence[float | None]
-_TICKS = 24  # names along an axis at most
+_TICKS = 24  # names along an axis at most, on a wide picture
+_NARROW = 5.0  # inches: below it is a phone's
 
 
 def panels(names: Sequence[str], rows: Sequence[tuple[str, Mapping[str, Values]]], *, log: bool = False) -> Draw:
@@ -27,7 +30,7 @@ def panels(names: Sequence[str], rows: Sequence[tuple[str, Mapping[str, Values]]
             else:
                 axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             if len(series) > 1:
-                axes.legend(fontsize=8)
+                legend_above(axes)
         _named(grid[-1, 0].xaxis, names, turned=max(map(len, names), default=0) > 3)
 
     return draw
@@ -48,7 +51,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str
         if log:
             axes.set_yscale("log")
         if len(series) > 1:
-            axes.legend(fontsize=7)
+            legend_above(axes)
 
     return draw
 
@@ -71,14 +74,15 @@ def heat(
         least = 1e-6 * max(abs(low), abs(high), 1e-300)  # rounding is no difference
         scale = Normalize(low, max(high, low + least))
         axes, colours = canvas.subplots(), colormaps[palette.gradient]
+        room = 12 if canvas.get_figwidth() >= _NARROW else 5
         axes.grid(False)
         for i, j in np.argwhere(np.isfinite(table)):
             colour = colours(scale(table[i, j]))
             axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, linewidth=0))
-            if len(columns) <= 10 and len(rows) <= 40:
+            if len(columns) <= room and len(rows) <= 40:
                 bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 0.5
                 axes.text(
-                    j, i, f"{table[i, j]:.3g}", ha="center", va="center", fontsize=7, color="#000000" if bright else "#ffffff"
+                    j, i, f"{table[i, j]:.3g}", ha="center", va="center", fontsize=8, color="#000000" if bright else "#ffffff"
                 )
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -89,6 +93,7 @@ def heat(
         bar = canvas.colorbar(ScalarMappable(scale, colours), ax=axes, label=label)
         bar.outline.set_visible(False)
         bar.solids.set_rasterized(False)
+        bar.solids.set_edgecolor("face")
 
     return draw
 
@@ -112,7 +117,7 @@ def intervals(rows: Sequence[tuple[str, str, float, float | None, float | None]]
         _named(axes.yaxis, names, turned=False)
         axes.set_xlabel(x)
         if len(kinds) > 1:
-            axes.legend(fontsize=8)
+            legend_above(axes)
 
     return draw
 
@@ -127,7 +132,7 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Draw:
         upper.plot([b["confidence"] for b in full], [b["accuracy"] for b in full], "o-", ms=4, lw=1.4, color=palette.series[0],
                    label="model")  # fmt: skip
         upper.set_ylabel("accuracy")
-        upper.legend(fontsize=8)
+        legend_above(upper)
         width = 1 / max(1, len(bins))
         lower.bar(
             [(i + 0.5) * width for i in range(len(bins))], [b["count"] for b in bins], 0.9 * width, color=palette.series[0]
@@ -154,9 +159,9 @@ def scatter(
             axes.plot(
                 [p[0] for p in best], [p[1] for p in best], style, ms=5, lw=1.2, color=palette.series[0], label="Pareto front"
             )
-            axes.legend(fontsize=8)
+            legend_above(axes)
         for i, name in marked.items():
-            axes.annotate(name, points[i], textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axes.annotate(name, points[i], textcoords="offset points", xytext=(5, 4), fontsize=8.5)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(True, axis="both")
@@ -164,8 +169,11 @@ def scatter(
     return draw
 
 
-def trace(xs: Sequence[float], series: Mapping[str, tuple[Values, Values, Values]], x: str, y: str) -> Draw:
-    """Lines with bands over a number: legend -> (values, low, high)."""
+def trace(
+    xs: Sequence[float], series: Mapping[str, tuple[Values, Values, Values]], x: str, y: str, *,
+    dashed: Mapping[str, Values] | None = None,
+) -> Draw:  # fmt: skip
+    """Lines with bands over a number: legend -> (values, low, high). dashed: lines to compare with, without marks."""
 
     def draw(canvas: Any, palette: Any) -> None:
         axes = canvas.subplots()
@@ -176,9 +184,13 @@ def trace(xs: Sequence[float], series: Mapping[str, tuple[Values, Values, Values
             axes.plot([xs[i] for i in order], values, "o-", ms=4, lw=1.4, color=colour, label=legend)
             if any(math.isfinite(v) for v in low):
                 axes.fill_between([xs[i] for i in order], low, high, color=colour, alpha=0.15, lw=0)
+        for legend, ys in (dashed or {}).items():
+            axes.plot(
+                [xs[i] for i in order], _gaps([ys[i] for i in order]), "--", lw=1.2, color=palette.series[4], label=legend
+            )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.legend(fontsize=8)
+        legend_above(axes)
 
     return draw
 
@@ -187,8 +199,24 @@ def _gaps(values: Values) -> list[float]:
     return [math.nan if v is None else float(v) for v in values]
 
 
+def legend_above(axes: Any) -> None:
+    """The legend over the picture rather than in it, in as many columns as its texts leave room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    longest = max(map(len, labels))
+    columns = max(1, min(len(labels), int(axes.figure.get_figwidth() * 11 / (longest + 5))))
+    axes.legend(handles, labels, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2,
+                handlelength=1.6, columnspacing=1.2)  # fmt: skip
+
+
 def _named(axis: Any, names: Sequence[str], *, turned: bool) -> None:
-    """Names along an axis: every so many, where they are too many."""
-    step = math.ceil(len(names) / _TICKS) or 1
+    """Names along an axis: every so many, where they are too many; shorter ones on a narrow picture."""
+    narrow = axis.axes.figure.get_figwidth() < _NARROW
+    step = math.ceil(len(names) / (_TICKS // 2 if narrow and turned else _TICKS)) or 1
     places = range(0, len(names), step)
-    axis.set_ticks(list(places), [names[i] for i in places], fontsize=7, rotation=60 if turned else 0)
+    shown = [short(names[i], 14) if narrow else names[i] for i in places]
+    axis.set_ticks(list(places), shown, fontsize=8.5, rotation=60 if turned else 0)
+    if turned:
+        for label in axis.get_ticklabels():
+            label.set(ha="right", rotation_mode="anchor")

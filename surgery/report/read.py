@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import Refused
-from surgery.report import difference, evaluation, interference, sweep
+from surgery.report import difference, evaluation, interference, overlap, paths, profiles, sweep
 from surgery.report.parts import Section
 
 Make = Callable[[Mapping[str, Any], str, str], Section]
@@ -19,6 +19,10 @@ KINDS: list[tuple[str, set[str], Make, str]] = [
     ("sweep", {"method", "objective", "chosen", "trials"}, sweep.section, "Sweep"),
     ("difference", {"a", "b", "layers", "tensors", "total"}, difference.section, "Difference"),
     ("interference", {"models", "layers", "tensors", "total", "skipped"}, interference.section, "Interference"),
+    ("overlap", {"models", "overlap", "sizes", "by_layer"}, overlap.section, "Overlap of skills"),
+    ("path", {"lines"}, paths.section, "Path"),
+    ("layers", {"profiles"}, profiles.section, "Layers one by one"),
+    ("contribution", {"contributions"}, profiles.contribution, "Contribution of fine-tuning"),
     ("evaluation", {"models"}, evaluation.section, "Evaluation"),
     ("evaluation", {"model", "tasks"}, evaluation.section, "Evaluation"),
 ]

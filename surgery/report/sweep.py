@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from surgery.report.parts import Column, Figure, Section, Table, number, short
+from surgery.report.plane import trail
 from surgery.report.plots import heat, scatter, trace
 
 _PAIRS = 3  # of objectives that are drawn against each other
@@ -26,6 +27,7 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
     notes = ["The validation split chose; the test split was looked at once, for what was chosen."] if chosen["test"] else []
     parts: list[Figure | Table] = [_chosen(chosen, goals)]
     parts += _landscape(trials, goals, chosen["trial"])
+    parts += _trails(trials, goals, chosen["trial"])
     parts += _fronts(trials, goals, data.get("pareto", []), chosen["trial"])
     parts.append(_trials(data["trials"], goals))
     return Section(name, title or "Sweep", facts, notes, parts)
@@ -85,6 +87,25 @@ def _curve(trials: Sequence[Trial], goals: Mapping[str, str], key: str) -> Figur
     )
 
 
+def _trails(trials: Sequence[Trial], goals: Mapping[str, str], best: int) -> list[Figure]:
+    """Where one number was varied: objectives against each other along the way (the WiSE curve)."""
+    keys = [k for k in dict.fromkeys(k for t in trials for k in t["params"]) if len(_values(trials, k)) > 1]
+    if len(keys) != 1 or not all(_is_number(t["params"].get(keys[0])) for t in trials) or len(trials) < 3:
+        return []
+    ordered = sorted(trials, key=lambda t: t["params"][keys[0]])
+    made = []
+    for i, (one, other) in enumerate(list(combinations(goals, 2))[:_PAIRS], 1):
+        points = [(f"{t['params'][keys[0]]:g}", _value(t, one, goals), _value(t, other, goals)) for t in ordered]
+        marked = next((n for n, t in enumerate(ordered) if t["number"] == best), None)
+        x, y = f"{one} {goals[one]}", f"{other} {goals[other]}"
+        draw = trail(points, x, y, marked=marked)
+        made.append(
+            Figure(f"trail-{i}", f"{y} against {x}, along {short(keys[0])}",
+                   f"{len(points)} points from {points[0][0]} to {points[-1][0]}.", draw, (6.4, 4.2))
+        )  # fmt: skip
+    return made
+
+
 def _cloud(trials: Sequence[Trial], key: str, i: int, best: int) -> Figure:
     points = [(float(t["params"][key]), float(t["score"])) for t in trials]
     at = next((n for n, t in enumerate(trials) if t["number"] == best), None)
@@ -128,6 +149,10 @@ def _trials(trials: Sequence[Trial], goals: Mapping[str, str]) -> Table:
 def _values(trials: Sequence[Trial], key: str) -> list[Any]:
     found = {json.dumps(v, sort_keys=True): v for t in trials for v in [t["params"].get(key)]}
     return list(found.values())
+
+
+def _value(trial: Trial, task: str, goals: Mapping[str, str]) -> float:
+    return float(trial["values"][task][goals[task]]["value"])
 
 
 def _is_number(value: Any) -> bool:

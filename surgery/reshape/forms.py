@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.source import open_source
 from surgery.graph.edit import LayersNode
 from surgery.graph.edit_forms import as_list, placed, tower_of
 from surgery.graph.forms import STRINGS, form, near
-from surgery.graph.node import Node
+from surgery.graph.node import Node, sources_of
 from surgery.reshape.grow import GrowNode
 from surgery.reshape.upcycle import DowncycleNode, UpcycleNode
+from surgery.statistics.manifest import read_manifest
+from surgery.statistics.node import StatisticsNode
 
 _UPCYCLE: dict[str, Any] = {
     "experts": {"type": "integer", "minimum": 2, "description": "how many copies, where only the dense model is given"},
@@ -91,7 +94,7 @@ def downcycle(
 _DROP: dict[str, Any] = {
     "count": {"type": "integer", "minimum": 1, "description": "how many neighbouring blocks"},
     "start": {"type": "integer", "minimum": 0, "description": "the first block to drop"},
-    "distances": {"type": "string", "description": "a file that `surgery depth --json` wrote: the least useful blocks go"},
+    "distances": {"type": "string", "description": "of `surgery depth --json` or `statistics --kind angular`: the least go"},
     "tower": {"type": "string", "description": "which blocks, where a model has several towers"},
 }
 
@@ -119,7 +122,9 @@ def drop_layers(
     if start is not None and distances is not None:
         raise asker.refuse("give `start` or `distances`, not both", key="start")
     if distances is not None:
-        start = _least(asker, near(distances, where), count, found.depth)
+        path = near(distances, where)
+        row, depth = _collected(asker, path, inputs[0], count) if path.is_dir() else _listed(asker, path, count)
+        start = _least(asker, path, row, depth, count, found.depth)
     first = found.depth - 1 - count if start is None else start
     if not 0 <= first <= found.depth - count:
         raise asker.refuse(f"blocks {first} to {first + count - 1} of {found.depth} do not exist", key="start")
@@ -127,14 +132,38 @@ def drop_layers(
     return placed(LayersNode(inputs[0], found, keep), label, where)
 
 
-def _least(asker: Node, path: Path, count: int, depth: int) -> int:
+def _collected(asker: Node, path: Path, model: Node, count: int) -> tuple[list[float], int]:
+    """From a statistics checkpoint, which must have been collected from this model."""
+    import numpy as np
+
+    manifest = read_manifest(path)
+    if manifest is None or manifest.kind != "angular":
+        hint = "surgery statistics MODEL --kind angular"
+        raise asker.refuse(f"{path}: holds no angular distances", hint=hint, key="distances")
+    node = StatisticsNode(open_source(str(path)), manifest)
+    problem = node.mismatch(s.source for s in sources_of(model))
+    if problem:
+        raise asker.refuse(problem, hint="collect them again from that model", key="distances")
+    stored = node.source.tensors.get(f"runs.{count}")
+    if stored is None:
+        raise asker.refuse(f"{path}: no angular distances for {count} blocks in it", key="distances")
+    with open(stored.path, "rb") as file:
+        file.seek(stored.offset)
+        row = np.frombuffer(file.read(stored.nbytes), "<f8").tolist()
+    return row, len(node.source.tensors) + 1
+
+
+def _listed(asker: Node, path: Path, count: int) -> tuple[list[float], int]:
+    """From the JSON of `surgery depth`."""
     try:
         table = json.loads(path.read_text("utf-8"))
-        row = table["distances"][str(count)]
-        stated = int(table["depth"])
+        return list(table["distances"][str(count)]), int(table["depth"])
     except (OSError, ValueError, KeyError, TypeError):
         hint = f"make it: surgery depth MODEL --data FILE --most {count} --json > {path}"
         raise asker.refuse(f"{path}: no angular distances for {count} blocks in it", hint=hint, key="distances") from None
+
+
+def _least(asker: Node, path: Path, row: list[float], stated: int, count: int, depth: int) -> int:
     if stated != depth or len(row) != depth - count + 1:
         raise asker.refuse(f"{path}: measured on a model of {stated} blocks, this one has {depth}", key="distances")
     return min(range(len(row)), key=lambda i: (row[i], i))

@@ -13,10 +13,12 @@ from typing import Any
 from surgery.checkpoint.sidecar import write_json
 from surgery.checkpoint.source import open_source
 from surgery.errors import Refused
+from surgery.statistics.angular import angles
 from surgery.statistics.fisher import collect_fisher
 from surgery.statistics.gram import collect_gram, groups, linear_layers
 from surgery.statistics.live import Live, load
-from surgery.statistics.manifest import KINDS, Manifest, content_digest
+from surgery.statistics.manifest import COLLECTED, Manifest, content_digest
+from surgery.statistics.sensitivity import collect_sensitivity, labels_of
 from surgery.statistics.texts import file_digest, tokenised
 from surgery.version import __version__
 
@@ -43,17 +45,19 @@ def collect(
     seed: int = 0,
     memory: int = 4 * 10**9,
     only: Sequence[str] = ("*",),
+    batch: int = 16,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Collected:
     """Collect statistics of the model at `model` (a directory or hub id that transformers loads) over the texts in `data`.
 
-    kind: "gram" or "fisher". samples: texts at most. length: tokens a text is cut to. memory: bytes for Gram matrices at a
-    time; more passes over the texts if that is less than all. only: globs of tensor names. progress: (texts done, in all).
-    Raises Refused. Writes the checkpoint and its statistics.json to the directory `out`, which appears when it is whole.
+    kind: one of `manifest.COLLECTED`. samples: texts at most. length: tokens a text is cut to. memory: bytes for
+    Gram matrices at a time; more passes over the texts if that is less than all. only: globs of tensor names. batch: texts in
+    a gradient, for sensitivity. progress: (texts done, in all). Raises Refused. Writes the checkpoint and its statistics.json
+    to the directory `out`, which appears when it is whole.
     """
-    if kind not in KINDS:
-        raise Refused(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in COLLECTED:
+        raise Refused(f"kind must be one of {', '.join(COLLECTED)}, got {kind!r}")
     if samples < 1 or length < 1:
         raise Refused("samples and length must be at least 1")
     out, data, source = Path(out), Path(data), open_source(model)
@@ -66,7 +70,12 @@ def collect(
         length = min(length, live.longest) if live.longest else length
         texts = tokenised(data, source.directory, samples=samples, length=length, vocabulary=live.vocabulary)
         made = Collected(texts=len(texts), tokens=sum(map(len, texts)))
-        parts, total = _parts(live, texts, kind, seed, memory, only, made, progress)
+        if kind == "angular":
+            parts, total = _angular(live, source, texts, made, progress)
+        elif kind == "sensitivity":
+            parts, total = _sensitivity(live, texts, data, batch, only, made, progress)
+        else:
+            parts, total = _parts(live, texts, kind, seed, memory, only, made, progress)
         _write(folder, parts, made)
         Manifest(
             kind=kind,
@@ -117,6 +126,26 @@ def _parts(
     known = {id(p): n for n, p in live.model.named_parameters()}
     made.left_out |= {n: "not stored under a name of its own" for i, n in known.items() if i not in live.names}
     return [{n: t for n, t in found.items() if wanted(n)}], lambda: predictions
+
+
+def _sensitivity(
+    live: Live, texts: Sequence[Sequence[int]], data: Path, batch: int, only: Sequence[str], made: Collected, progress: Any
+) -> tuple[Iterable[dict[str, Any]], Callable[[], int]]:
+    done = iter(range(1, len(texts) + 1))
+    labels = labels_of(data, live, len(texts)) if live.head == "classes" else None
+    found, batches = collect_sensitivity(live, texts, labels, batch, lambda: progress(next(done), len(texts)))
+    return [{n: t for n, t in found.items() if any(fnmatchcase(n, g) for g in only)}], lambda: batches
+
+
+def _angular(
+    live: Live, source: Any, texts: Sequence[Sequence[int]], made: Collected, progress: Any
+) -> tuple[Iterable[dict[str, Any]], Callable[[], int]]:
+    """`runs.n`: the distance over n blocks, of every block that such a run can begin with."""
+    import torch
+
+    found = angles(live, source, texts, progress=progress)
+    parts = {f"runs.{n}": torch.tensor(row, dtype=torch.float64) for n, row in found.distances.items()}
+    return [parts], lambda: len(texts)
 
 
 def _reached(parts: Iterable[dict[str, Any]], layers: Sequence[Any], made: Collected) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,25 +14,25 @@ from surgery.statistics.manifest import FILE, Manifest, content_digest, read_man
 
 
 class StatisticsNode(SourceNode):
-    """Tensors of statistics under the names of the tensors they speak of."""
-
-    space = "statistics"
+    """Tensors of statistics under the names of the tensors they speak of. A mask has a space of its own: it is zero or one."""
 
     def __init__(
         self, source: Source, manifest: Manifest, label: str | None = None, where: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(source, label, where)
         self.manifest = manifest
+        self.space = "mask" if manifest.kind == "mask" else "statistics"
 
     def _build(self) -> dict[str, Expr]:
-        odd = next((t for t in self.source.tensors.values() if t.dtype.name not in ("F32", "F64")), None)
+        fine = ("F32", "F64", "F8_E4M3") if self.kind == "mask" else ("F32", "F64")
+        odd = next((t for t in self.source.tensors.values() if t.dtype.name not in fine), None)
         if odd is not None:
-            raise self.refuse(f"{odd.path}: `{odd.name}` is {odd.dtype}; statistics are float32 or float64")
+            raise self.refuse(f"{odd.path}: `{odd.name}` is {odd.dtype}; {self.kind} statistics are {', '.join(fine)}")
         return {name: Read(self.source, stored, self) for name, stored in self.source.tensors.items()}
 
     @property
     def kind(self) -> str:
-        """"gram" or "fisher"."""
+        """One of `manifest.KINDS`."""
         return self.manifest.kind
 
     @property
@@ -50,7 +51,7 @@ class StatisticsNode(SourceNode):
 
 def statistics_checkpoint(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
     """The kind of `surgery.inputs`: a directory with a statistics.json of ours."""
-    folder = Path(location).expanduser()
+    folder = Path(os.path.expanduser(location))
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         return None

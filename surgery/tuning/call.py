@@ -24,7 +24,7 @@ class Tuned:
     model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
     trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
     history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the
-    validation figures of the result, averages included.
+    validation figures of the result, averages included. phases: the history of runs before the last, of methods that make any.
     """
 
     model: Any
@@ -34,6 +34,7 @@ class Tuned:
     history: list[dict[str, float]]
     final: dict[str, float]
     masks: dict[str, Any]
+    phases: dict[str, list[dict[str, float]]]
 
 
 def tune(
@@ -44,6 +45,7 @@ def tune(
     loss: Callable[[Any, Any], Any] | None = None,
     collate: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
     metrics: Callable[[Any], Mapping[str, float]] | None = None,
+    stages: Sequence[int] = (),
     folder: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -54,8 +56,9 @@ def tune(
     settings: those of a tune file: `method="half"`, `average={"ema": {"decay": 0.99}}`, `lr=1e-3`. model: a torch module in
     float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the model's arguments,
     or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not return it.
-    metrics: of transformers' EvalPrediction. folder: where states are saved, so that `resume` can go on from the last one;
-    without it none are. progress: called with (step, steps, loss).
+    metrics: of transformers' EvalPrediction. stages: of a stream of tasks, how many of the examples, in their order, each has:
+    they are trained on one after the other, `epochs` times each. folder: where states are saved, so that `resume` can go on
+    from the last one; without it none are. progress: called with (step, steps, loss).
 
     Raises Refused for settings and data that cannot be used, Failed when a loss is not finite: the model then holds the
     weights from before that step.
@@ -73,15 +76,17 @@ def tune(
     own = not isinstance(model, PreTrainedModel)
     if read.regularise.get("label_smoothing") and (own or loss is not None):
         raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")
-    given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics,
-                  around=(lambda inner: Supervised(inner, loss)) if own or loss is not None else None)  # fmt: skip
+    around = (lambda inner: Supervised(inner, loss)) if own or loss is not None else None
+    given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics, around=around,
+                  stages=stages)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)
         except Diverged as problem:
             raise Failed(f"tune: stopped: {problem}; the model holds the weights from before it",
                          hint="a lower lr, or warmup") from None  # fmt: skip
-    return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks)
+    return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks,
+                 made.phases)  # fmt: skip
 
 
 class Supervised(torch.nn.Module):

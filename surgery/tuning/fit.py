@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from transformers import set_seed
 from surgery.errors import Refused
 from surgery.tuning import methods
 from surgery.tuning.averages import KINDS
+from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import Mixout, Pull
+from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.tasks import quiet
 from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
@@ -49,6 +51,7 @@ class Given:
     new: Collection[str] = ()
     kind: str | None = None  # peft's word for the task
     around: Callable[[Any], Any] | None = None
+    stages: Sequence[int] = ()  # of a stream of tasks: how many of the training examples each has
 
     @property
     def run(self) -> Any:
@@ -76,6 +79,8 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
         phases = {}
         if settings.method == "lt_sft":
             masks, phases["choosing"] = _far(given, parts, settings, folder, save=save, resume=resume, progress=progress)
+        elif settings.method == "diff_pruning":
+            masks, phases["gating"] = _gated(given, parts, settings, folder, save=save, resume=resume, progress=progress)
         tuner = _tuner(given, parts, settings, folder, save=save, progress=progress)
         at = last_whole(folder) if resume else None
         _equip(tuner, given, settings, masks, resumed=at is not None)
@@ -100,13 +105,18 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
 
 def _tuner(given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, progress: Progress | None) -> Tuner:
     runs = settings.average_options["runs"] if settings.average == "stock" else 1
+    passes, train = settings.epochs * runs, given.train
+    if given.stages:
+        if settings.average == "stock" or settings.epochs != int(settings.epochs):
+            raise Refused("a stream of tasks needs whole epochs, and no stock, which merges after each of them")
+        passes, train = 1, Stream(train, given.stages, int(settings.epochs), settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     for broken in folder.glob("checkpoint-*"):
         if not (broken / WHOLE).exists():
             shutil.rmtree(broken)
     return Tuner(
-        given.run, parts, settings, passes=settings.epochs * runs, folder=folder, save=save, progress=progress,
-        train_dataset=given.train, eval_dataset=given.validation, data_collator=given.collate, compute_metrics=given.metrics,
+        given.run, parts, settings, passes=passes, folder=folder, save=save, progress=progress, train_dataset=train,
+        eval_dataset=given.validation, data_collator=given.collate, compute_metrics=given.metrics,
     )  # fmt: skip
 
 
@@ -122,7 +132,7 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
             raise Refused("regularise.mixout: no linear or convolution layer that came with the base is trained")
     if settings.average is not None:
         tuner.average = KINDS[settings.average](tuner.trained, **settings.average_options)
-    if settings.method in ("lt_sft", "lift", "sara", "spt"):
+    if settings.method in ("lt_sft", "lift", "sara", "spt", "diff_pruning"):
         tuner.masks = Masks(parts.parameters)
         if settings.method == "lift":
             tuner.renew = methods.Principal(parts, tuner.masks, settings.options)
@@ -179,6 +189,44 @@ def _far(
         torch.save({"masks": masks, "history": tuner.history}, chosen.with_suffix(".partial"))
         chosen.with_suffix(".partial").replace(chosen)
     return masks, tuner.history
+
+
+def _gated(
+    given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, resume: bool, progress: Progress | None
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The first phase of diff pruning: a full run under gates. What they leave is projected to `density`; the second phase
+    goes on from there with the mask fixed. The head is trained without gates, and stays as it came out."""
+    chosen, options = folder / "chosen.pt", settings.options
+    start = {n: p.detach().clone() for n, p in parts.parameters.items()}
+    if resume and chosen.exists():
+        saved = torch.load(chosen, weights_only=True)
+    else:
+        epochs = options.get("epochs") or settings.epochs
+        first = replace(settings, method="full", options=None, average=None, average_options={}, epochs=epochs)
+        tuner = _tuner(given, parts, first, folder / "gating", save=save, progress=progress)
+        at = last_whole(folder / "gating") if resume else None
+        _equip(tuner, given, first, None, resumed=at is not None)
+        inside = {n: p for n, p in tuner.trained.items() if n not in parts.head}
+        tuner.gates = Gates(parts.model, inside, penalty=options["penalty"], lr=options["gate_lr"], groups=options["groups"])
+        set_seed(settings.seed)
+        tuner.train(resume_from_checkpoint=at)
+        changes = tuner.gates.changes()
+        masks = methods.left(parts, changes, options["density"])
+        values = {n: parts.parameters[n].detach().clone() for n in tuner.trained if n in parts.head}
+        for n, c in changes.items():
+            values[n] = torch.where(masks[n].to(c.device), start[n].to(c.device) + c, start[n].to(c.device))
+        history = [dict(h) for h in tuner.history]
+        if history:
+            history[-1]["open"] = tuner.gates.expected()
+        saved = {"masks": masks, "history": history, "values": values}
+        if save:
+            torch.save(saved, chosen.with_suffix(".partial"))
+            chosen.with_suffix(".partial").replace(chosen)
+    with torch.no_grad():
+        for name, value in saved["values"].items():
+            parts.parameters[name].copy_(value)
+    parts.model.zero_grad()
+    return saved["masks"], saved["history"]
 
 
 def _renew_batch_norms(tuner: Tuner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
         return names - chosen_half(parts, settings.seed if seed is None else seed)
     if settings.method == "lt_sft":
         return names if settings.options["norms"] else {n for n in names if n in parts.head or not is_norm(n, parts)}
+    if settings.method == "diff_pruning":
+        return names
     if settings.method in ("lift", "sara", "spt"):
         if not parts.matrices:
             raise Refused(f"method: {settings.method}: the model has no matrices outside head and embeddings")
@@ -57,6 +60,14 @@ def far(parts: Parts, trained: Iterable[str], start: Mapping[str, Any], density:
     if not moved:
         raise Refused("method: lt_sft: the model has no parameters outside its head")
     return largest(moved, max(1, round(density * sum(v.numel() for v in moved.values()))))
+
+
+def left(parts: Parts, changes: Mapping[str, Any], density: float) -> dict[str, Any]:
+    """Diff pruning: the entries with the largest change that gates have left, over all tensors but the head."""
+    if not changes:
+        raise Refused("method: diff_pruning: the model has no parameters outside its head")
+    sizes = {n: torch.where(changes[n] == 0, -1.0, changes[n].abs()) for n in sorted(changes)}  # what is closed stays so
+    return largest(sizes, max(1, round(density * sum(v.numel() for v in sizes.values()))))
 
 
 def small(parts: Parts, threshold: float) -> dict[str, Any]:
@@ -123,6 +134,7 @@ def adapted(model: Any, options: Mapping[str, Any], kind: str | None) -> Any:
             raise Refused(f"method.lora: {known[name].__name__} has no `{key}`", hint=did_you_mean(key, takes))
     try:
         config: Any = known[name]
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls there
         return peft.get_peft_model(model, config(**({"task_type": kind} if kind else {}), **options))
     except (ValueError, TypeError, KeyError) as problem:
         raise Refused(f"method.lora: {(str(problem).splitlines() or [''])[0]}") from None

@@ -105,6 +105,30 @@ class Examples:
         return self._items[index]
 
 
+class Stream:
+    """Examples of a stream of tasks in the order of training: each stage `epochs` times, shuffled, before the next begins.
+
+    items: those of all stages one after the other. stages: how many each has. The order depends on `seed` alone.
+    """
+
+    def __init__(self, items: Any, stages: Sequence[int], epochs: int, seed: int) -> None:
+        import numpy as np
+
+        self._items, self._order = items, list[int]()
+        first = 0
+        for number, size in enumerate(stages):
+            for epoch in range(epochs):
+                drawn = np.random.default_rng([seed, number, epoch]).permutation(size)
+                self._order += [first + int(i) for i in drawn]
+            first += size
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._items[self._order[index]]
+
+
 class Padded:
     """Stacks examples to tensors, padded on the right to the longest: ids with `pad`, labels with -100, others with 0."""
 

@@ -59,7 +59,7 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
     try:
         Journal(folder / JOURNAL, key, resume=going_on).close()
         given = Given(task.model, task.train, task.validation, task.collate, _accuracy if task.accuracy else None, task.new,
-                      "SEQ_CLS" if task.accuracy else "CAUSAL_LM")  # fmt: skip
+                      "SEQ_CLS" if task.accuracy else "CAUSAL_LM", stages=task.stages)  # fmt: skip
         try:
             fitted = fit(given, job.settings, folder / _STATES, save=True, resume=going_on, progress=progress)
         except Diverged as problem:

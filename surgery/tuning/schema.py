@@ -48,6 +48,15 @@ METHODS: dict[str, Schema] = {
             "every": _count("Steps between new choices.", default=200),
         }
     ),
+    "diff_pruning": _map(
+        {
+            "density": _number("Share of the entries that is left.", default=0.005, above=0, high=1),
+            "penalty": _number("On open gates; divided by the number of entries.", default=42.0, low=0),
+            "gate_lr": _number("Learning rate of the gates, constant.", default=0.1, above=0),
+            "groups": {"type": "boolean", "default": True, "description": "A gate for each tensor as well."},
+            "epochs": _number("Of the first run, with gates; default: `epochs`.", above=0),
+        }
+    ),
     "sara": _map({"threshold": _number("Entries smaller than this are trained.", default=1e-3, above=0)}),
     "spt": _map({"density": _DENSITY, "batches": _count("Batches that squared gradients are summed over.", default=16)}),
 }
@@ -86,11 +95,16 @@ REGULARISE: Schema = _map(
     }
 )
 
+_TRAIN: Schema = {
+    "anyOf": [{"type": "string"}, {"type": "array", "minItems": 2, "items": {"type": "string"}}],
+    "description": "A file; or several, which are a stream of tasks, trained on one after the other.",
+}
+
 TASKS: dict[str, Schema] = {
     "classification": _map(
         {
             "kind": {"const": "classification"},
-            "train": {"type": "string"},
+            "train": _TRAIN,
             "validation": {"type": "string"},
             "text": {"type": "string", "default": "text", "description": "Column of the text."},
             "pair": {"type": "string", "description": "Column of a second text."},
@@ -102,7 +116,7 @@ TASKS: dict[str, Schema] = {
     "causal": _map(
         {
             "kind": {"const": "causal"},
-            "train": {"type": "string"},
+            "train": _TRAIN,
             "validation": {"type": "string"},
             "completion_only": {"type": "boolean", "default": False, "description": "No loss on the prompt."},
             "length": _count("Tokens of an example."),

@@ -107,12 +107,14 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
         if s.layer_decay is not None:
             raise Refused(f"{place('layer_decay')}: has no meaning for an adapter", hint="leave it out")
     if s.average == "stock":
-        if s.method in ("lora", "lift", "lt_sft"):
+        if s.method in ("lora", "lift", "lt_sft", "diff_pruning"):
             raise Refused(f"{place('average')}: stock merges whole models, which `method: {s.method}` does not train")
         if s.steps is not None:
             raise Refused(f"{place('steps')}: stock merges after every epoch", hint="give epochs")
         if s.epochs != int(s.epochs):
             raise Refused(f"{place('epochs')}: stock needs whole epochs, got {s.epochs}")
+    if s.method == "diff_pruning" and s.regularise.get("mixout"):
+        raise Refused(f"{place('regularise', 'mixout')}: mixout and the gates of diff_pruning would both rewrite the weights")
     if s.average == "elastic" and s.method == "lift":
         raise Refused(f"{place('average')}: elastic goes back to where masked entries were; lift moves its mask")
     if s.method == "lift" and "budget" in s.options and "density" in (_options(data.get("method")) or {}):

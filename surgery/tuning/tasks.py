@@ -26,17 +26,31 @@ class Task:
     collate: Any
     accuracy: bool
     labels: list[str] = field(default_factory=list)
+    stages: list[int] = field(default_factory=list)  # of a stream of tasks: how many of the examples each has
     new: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
 
 
 def data_files(task: Mapping[str, Any]) -> list[Path]:
     """The files that a task reads. Raises Refused for one that is not there."""
-    found = [Path(task[key]) for key in ("train", "validation") if key in task]
+    found = [*_trains(task), *([Path(task["validation"])] if "validation" in task else [])]
     for path in found:
         if not path.is_file():
             raise Refused(f"{path}: there is no such file")
     return found
+
+
+def _trains(task: Mapping[str, Any]) -> list[Path]:
+    """The files that are trained on, in the order of a stream."""
+    said = task["train"]
+    return [Path(p) for p in said] if isinstance(said, list) else [Path(said)]
+
+
+def _joined(parts: Sequence[list[Any]], task: Mapping[str, Any]) -> tuple[list[list[Any]], list[int]]:
+    """([training examples, validation examples if there are any], sizes of a stream's stages) of one list per file."""
+    count = len(_trains(task))
+    stages = [len(p) for p in parts[:count]]
+    return [[x for p in parts[:count] for x in p], *parts[count:]], stages if count > 1 else []
 
 
 def prepare(task: Mapping[str, Any], source: Source) -> Task:
@@ -51,7 +65,8 @@ def _classification(task: Mapping[str, Any], source: Source) -> Task:
     files = data_files(task)
     splits = [read_rows(path) for path in files]
     said = [[row.label(task["label"]) for row in rows] for rows in splits]
-    names = _labels(sorted(set(said[0]), key=_natural), source)
+    count = len(_trains(task))
+    names = _labels(sorted({label for labels in said[:count] for label in labels}, key=_natural), source)
     known = {name: i for i, name in enumerate(names)}
     for rows, labels in zip(splits, said, strict=True):
         for row, label in zip(rows, labels, strict=True):
@@ -69,11 +84,13 @@ def _classification(task: Mapping[str, Any], source: Source) -> Task:
         items = []
         for row, label in zip(rows, labels, strict=True):
             items.append({**encode.example(row, task["text"], task.get("pair")), "labels": known[label]})
-        made.append(Examples(items))
+        made.append(items)
+    examples, stages = _joined(made, task)
     pad = encode.pad()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad
-    return Task(model, made[0], made[1] if len(made) > 1 else None, Padded(pad), True, names, new, left_out)
+    train, validation = Examples(examples[0]), Examples(examples[1]) if len(examples) > 1 else None
+    return Task(model, train, validation, Padded(pad), True, names, stages, new, left_out)
 
 
 def _natural(label: str) -> tuple[int, int, str]:
@@ -108,8 +125,10 @@ def _causal(task: Mapping[str, Any], source: Source) -> Task:
                 item["labels"] = answer if answer is not None else _no_prompt(path)
         if not items:
             raise Refused(f"{path}: holds no text of two tokens or more")
-        made.append(Examples(items))
-    return Task(model, made[0], made[1] if len(made) > 1 else None, Padded(encode.pad()), False, [], new, left_out)
+        made.append(items)
+    examples, stages = _joined(made, task)
+    train, validation = Examples(examples[0]), Examples(examples[1]) if len(examples) > 1 else None
+    return Task(model, train, validation, Padded(encode.pad()), False, [], stages, new, left_out)
 
 
 def _no_prompt(path: Path) -> NoReturn:

@@ -14,9 +14,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from surgery.errors import Refused, did_you_mean
 from surgery.tuning.averages import Average, Stock
+from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import Mixout, Pull, clip_each
+from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 
 STATE = "surgery.pt"
@@ -50,6 +52,7 @@ class Tuner(Trainer):
         self.average: Average | None = None
         self.pull: Pull | None = None
         self.mixout: Mixout | None = None
+        self.gates: Gates | None = None
         self.renew: Any = None
         self.progress = progress
         self.losses: list[float] = []
@@ -68,8 +71,9 @@ class Tuner(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         step = self.state.global_step + 1
-        if self.mixout is not None:
-            with self.mixout.mixed():
+        mixed = self.gates or self.mixout
+        if mixed is not None:
+            with mixed.mixed():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -82,12 +86,20 @@ class Tuner(Trainer):
                 self.pull.on_gradients()
             if self.masks is not None:
                 self.masks.on_gradients()
+            if self.gates is not None:
+                self.gates.on_gradients()
             norms = [torch.linalg.vector_norm(p.grad) for p in self.trained.values() if p.grad is not None]
             if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
                 raise Diverged(step, "a gradient is not finite")
             if self.settings.regularise.get("clip_each"):
                 clip_each(self.trained, self.settings.regularise["clip_each"])
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """A stream of tasks is in order already."""
+        if isinstance(self.train_dataset, Stream):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Groups by weight decay (matrices only) and, with layer decay, by distance from the output."""
@@ -146,6 +158,7 @@ class Tuner(Trainer):
                 "buffers": dict(self.parts.model.named_buffers()),
                 "masks": self.masks.state() if self.masks is not None else {},
                 "average": self.average.state() if self.average is not None else {},
+                "gates": self.gates.state() if self.gates is not None else {},
                 "losses": self.losses,
                 "history": self.history,
             },
@@ -160,6 +173,8 @@ class Tuner(Trainer):
             self.masks.load(saved["masks"])
         if self.average is not None:
             self.average.load(saved["average"])
+        if self.gates is not None:
+            self.gates.load(saved["gates"])
         self.losses, self.history = saved["losses"], saved["history"]
 
     @torch.no_grad()
@@ -189,6 +204,8 @@ class _Hooks(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._tuner.masks is not None:
             self._tuner.masks.on_update()
+        if self._tuner.gates is not None:
+            self._tuner.gates.on_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         t = self._tuner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def find_template(policy: Policy, models: Mapping[str, Node]) -> str | None:
         if len(said) < _SHORTEST:
             raise policy.refuse(f"`chat_template` is too short to be one: {said!r}", key="chat_template")
         return said
-    path = Path(said).expanduser() if policy.folder is None else policy.folder / Path(said).expanduser()
+    path = Path(os.path.expanduser(said)) if policy.folder is None else policy.folder / Path(os.path.expanduser(said))
     if not path.is_file():
         raise policy.refuse(
             f"`chat_template: {said}` is no model, no built-in template, no Jinja and no file",

@@ -35,15 +35,39 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_table_has_every_model_and_task(work: Path) -> None:
+def test_table_has_every_model_and_task_with_intervals(work: Path) -> None:
     table = json.loads((work / "table.json").read_text())
     directories = [row["directory"] for row in table["rows"]]
     assert directories == ["base", "ft-module", "ft-call", "average", "task-arithmetic", "merged"]
     for row in table["rows"]:
         assert set(row["accuracy"]) == set(table["n"]) == {"module", "call"}
-        assert all(0 <= value <= 1 for value in row["accuracy"].values())
-        assert row["mean"] == pytest.approx(sum(row["accuracy"].values()) / 2)
+        for figure in [*row["accuracy"].values(), row["mean"], row["normalised"], row["gain"]]:
+            assert figure["low"] <= figure["value"] <= figure["high"]
+        assert all(0 <= figure["value"] <= 1 for figure in row["accuracy"].values())
+        assert row["mean"]["value"] == pytest.approx(sum(f["value"] for f in row["accuracy"].values()) / 2)
+    plain = next(row for row in table["rows"] if row["model"] == "plain average")
+    assert plain["gain"] == {"value": 0, "low": 0, "high": 0}
+    assert all(row["gain"]["value"] == pytest.approx(row["mean"]["value"] - plain["mean"]["value"]) for row in table["rows"])
     assert (table["split"], table["chosen_on"], table["quick"]) == ("test", "validation", True)
+
+
+def test_the_table_is_what_surgery_eval_says(work: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery.cli", "eval", str(work / "merged"), "--tasks", str(work / "tasks.yaml"), "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["models"][0]["tasks"]
+    row = json.loads((work / "table.json").read_text())["rows"][-1]
+    for task, figure in row["accuracy"].items():
+        assert said[task]["measures"]["accuracy"]["value"] == pytest.approx(figure["value"])
+
+
+def test_merges_are_chosen_without_the_test_split(work: Path) -> None:
+    assert "test" not in (work / "choose.yaml").read_text().split("tasks:", 1)[1]
+    for sweep in ("arithmetic", "lines"):
+        assert "tasks: choose.yaml" in (work / f"{sweep}.yaml").read_text()
+        assert not json.loads((work / f"found-{sweep}" / "results.json").read_text())["chosen"]["test"]
 
 
 def test_outputs_load_and_are_what_the_recipes_say(work: Path) -> None:
@@ -59,9 +83,10 @@ def test_outputs_load_and_are_what_the_recipes_say(work: Path) -> None:
     assert AutoTokenizer.from_pretrained(work / "merged", local_files_only=True)("a text")["input_ids"]
 
     words = "embeddings.word_embeddings.weight"  # frozen while fine-tuning, so every model keeps them
-    assert torch.equal(base[words], average[words]) and torch.equal(base[words], merged[words])
+    assert torch.equal(base[words], average[words])
+    torch.testing.assert_close(base[words], merged[words], rtol=1e-6, atol=1e-8)  # one weighted sum of three equal tensors
 
-    alpha, beta, depth = 0.5, 0.6, 6  # the first point of run.py's list: --quick tries no other
+    alpha, beta, depth = 0.3, 0.3, 6  # the first point of lines.yaml: --quick tries no other
     for layer in (0, depth - 1):
         name = f"encoder.layer.{layer}.output.dense.weight"
         torch.testing.assert_close(average[name], (module[name] + call[name]) / 2)
@@ -74,9 +99,9 @@ def test_outputs_load_and_are_what_the_recipes_say(work: Path) -> None:
 def test_tasks_are_deterministic_disjoint_and_masked() -> None:
     code = (
         "import data, json\n"
-        "sizes = data.Sizes(train=20, val=5, test=5, packages=6)\n"
+        "sizes = data.Sizes(train=20, validation=5, test=5, packages=6)\n"
         "tasks = data.build_tasks(list(data.stdlib_sources())[::4], sizes)\n"
-        "print(json.dumps([[t.name, t.classes, t.train, t.val, t.test] for t in tasks]))"
+        "print(json.dumps([[t.name, t.classes, t.train, t.validation, t.test] for t in tasks]))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=True,
@@ -93,3 +118,32 @@ def test_tasks_are_deterministic_disjoint_and_masked() -> None:
                 assert classes[label] not in text.lower() or len(classes[label]) <= 3
             else:
                 assert "[MASK]" in text
+
+
+def test_nothing_that_was_looked_at_is_tested_on() -> None:
+    code = (
+        "import data, spent, json\n"
+        "asked = []\n"
+        "kept = data.make_task\n"
+        "def make(name, examples, sizes, seed, *, classes, spent):\n"
+        "    task = kept(name, examples, sizes, seed, classes=classes, spent=spent)\n"
+        "    free = kept(name, examples, sizes, seed, classes=classes, spent=set())\n"
+        "    of = {e.text: e for e in examples}\n"
+        "    looked = lambda split: sum(not spent.isdisjoint((t, of[t].source)) for t, _ in split)\n"
+        "    asked.append([looked(task.test), looked(free.test), len(task.test)])\n"
+        "    return task\n"
+        "data.make_task = make\n"
+        "data.build_tasks(list(data.stdlib_sources())[::4], data.Sizes())\n"
+        "print(json.dumps(asked))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=True)
+    for tested, without_care, count in json.loads(done.stdout):
+        assert tested == 0 < without_care and count > 20
+
+
+def test_a_hash_of_the_name_decides_the_split() -> None:
+    code = "import data, json; print(json.dumps([data.split_of(f'a.b{i}') for i in range(2000)]))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=True)
+    splits = json.loads(run.stdout)
+    shares = {name: splits.count(name) / len(splits) for name in ("test", "validation", "train")}
+    assert shares == pytest.approx({"test": 0.30, "validation": 0.12, "train": 0.58}, abs=0.03)

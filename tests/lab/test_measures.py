@@ -11,7 +11,7 @@ from sklearn import metrics
 from surgery.errors import Refused
 from surgery.lab import measures
 from surgery.lab.bootstrap import Draws, Settings, draw, grouped
-from surgery.lab.evaluation import minus, result
+from surgery.lab.judge import minus, result
 from surgery.lab.measures import LABELLED, LANGUAGE, Context
 from surgery.lab.outcome import Labelled, Language, ensemble
 from surgery.lab.spans import spans

@@ -132,7 +132,7 @@ def test_a_front_holds_what_nothing_beats() -> None:
 
 
 def read_search_goals():
-    from surgery.lab.space import Goal
+    from surgery.lab.goals import Goal
 
     return [Goal("a", "accuracy", 1.0, 1.0), Goal("b", "nll", 1.0, -1.0)]
 
@@ -422,3 +422,120 @@ def test_language_models_have_no_logits_to_average(tmp_path: Path) -> None:
     task = lab.make_task("t", {"kind": "perplexity", "test": "t.txt"}, folder=tmp_path)
     with pytest.raises(Refused, match="no logits to average"):
         lab.beside(models, task, ensemble_of=["a", "b"])
+
+
+# -- objectives over other models, LiNeS, a coefficient per block ------------------------------------------------------------
+
+LINES = """lines: {base: base, tuned: rot90}
+objective: {rot90: {measure: accuracy, weight: 2, over: rot90}, clean: {measure: accuracy, over: base}}
+"""
+
+
+def test_lines_search_with_a_target_and_a_control(work: Path, resident: lab.Resident) -> None:
+    """w target / target of the fine-tune + control / control of the base, alpha from 1 down, the first of equals; and what
+    Wang et al. claim at this size: 95 % of the target, 40 % of what the control lost."""
+    made = lab.sweep(sweep_file(work, LINES), work / "out", resident=resident, settings=FAST)
+    base, tuned = state(work / "base"), state(work / "rot90")
+    top, control = accuracy_by_hand(work, tuned, "rot90", "validation"), accuracy_by_hand(work, base, "clean", "validation")
+    depth = 1 + max(int(k.split(".")[1]) for k in base if k.startswith("blocks."))
+    scores = []
+    for trial, alpha in zip(made.trials, [1 - i / 10 for i in range(11)], strict=True):
+        assert trial.params == {"steps.scaled.alpha": pytest.approx(alpha)}
+        merged = {}
+        for k in base:
+            part = alpha + (1 - alpha) * int(k.split(".")[1]) / (depth - 1) if k.startswith("blocks.") else alpha
+            merged[k] = base[k] + part * (tuned[k] - base[k])
+        found = [accuracy_by_hand(work, merged, d, "validation") for d in ("rot90", "clean")]
+        scores.append((2 * found[0] / top + found[1] / control) / 3)
+        assert trial.score == pytest.approx(scores[-1], abs=1 / 300)
+    assert made.chosen.score == max(t.score for t in made.trials)
+    assert made.chosen.number == min(t.number for t in made.trials if t.score == made.chosen.score)
+    assert made.references == {"rot90": {"model": str((work / "rot90").resolve()), "value": pytest.approx(top)},
+                               "clean": {"model": str((work / "base").resolve()), "value": pytest.approx(control)}}  # fmt: skip
+    test = {d: made.test[d]["measures"]["accuracy"]["value"] for d in ("rot90", "clean")}
+    full = {d: accuracy_by_hand(work, tuned, d, "test") for d in ("rot90", "clean")}
+    before = accuracy_by_hand(work, base, "clean", "test")
+    assert test["rot90"] >= 0.95 * full["rot90"]
+    assert test["clean"] - full["clean"] >= 0.4 * (before - full["clean"])
+
+
+def test_lines_of_several_tasks(work: Path, resident: lab.Resident) -> None:
+    text = "lines: {base: base, models: [rot90, inv], points: 2}\nobjective: {rot90: accuracy}"
+    made = lab.sweep(sweep_file(work, text), work / "out", resident=resident, settings=FAST)
+    assert [t.params["steps.scaled.beta"] for t in made.trials] == [0.5, 1.0]
+    base, sums = state(work / "base"), state(work / "rot90")
+    other = state(work / "inv")
+    best = surgery.load(work / "out" / "best.yaml")
+    beta, depth = made.chosen.params["steps.scaled.beta"], 4
+    for k in ("embed.weight", "blocks.0.fc1.weight", "blocks.3.fc1.weight"):
+        at = int(k.split(".")[1]) if k.startswith("blocks.") else 0
+        delta = (sums[k] - base[k]) + (other[k] - base[k])
+        expected = base[k] + (0.5 + beta * at / (depth - 1)) * delta
+        torch.testing.assert_close(best[k].compute(), expected, rtol=0, atol=2e-6)
+
+
+def test_a_coefficient_for_each_block_and_knots_of_a_gradient(work: Path, resident: lab.Resident) -> None:
+    text = """recipe: merge.yaml
+method: tpe
+trials: 3
+dimensions: {steps.merged.weight: {low: 0.0, high: 1.0, per: PER}}
+objective: {rot90: accuracy}
+"""
+    made = lab.sweep(sweep_file(work, text.replace("PER", "block")), work / "out", resident=resident, settings=FAST)
+    globs = [f"blocks.{i}.*" for i in range(4)] + ["*"]
+    assert list(made.chosen.params) == [f"steps.merged.weight[{g}]" for g in globs]
+    said = yaml.safe_load((work / "out" / "best.yaml").read_text())["steps"]["merged"]["weight"]
+    assert said == dict(zip(globs, made.chosen.params.values(), strict=True))
+    base, rot, inv = (state(work / n) for n in ("base", "rot90", "inv"))
+    best = surgery.load(work / "out" / "best.yaml")
+    for k, w in (("blocks.2.fc1.bias", said["blocks.2.*"]), ("norm.bias", said["*"])):
+        torch.testing.assert_close(best[k].compute(), base[k] + w * (rot[k] + inv[k] - 2 * base[k]), rtol=0, atol=1e-6)
+    (work / "merge.yaml").write_text(MERGE.replace("weight: 1.0", "weight: [1.0]"))  # a value per delta: its position is named
+    text = text.replace("merged.weight", "merged.weight.0")
+    knots = lab.sweep(sweep_file(work, text.replace("PER", "2")), work / "out2", resident=resident, settings=FAST)
+    ends = yaml.safe_load((work / "out2" / "best.yaml").read_text())["steps"]["merged"]["weight"]
+    assert ends == [list(knots.chosen.params.values())] and len(ends[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (("over: base", "over: nowhere"), "nowhere"),
+        (("over: base", "over: 3"), "over must be the path of a model"),
+        (("tuned: rot90}", "tuned: rot90, alpha: 3}"), "unknown key `alpha` in lines"),
+        (("tuned: rot90}", "points: 3}"), "lines needs `base`, either `tuned`"),
+        (("lines: {base: base, tuned: rot90}", "recipe: merge.yaml\ndimensions: {steps.merged.weight: {low: 0, high: 1, points: 3, per: layer}}"),
+         "per must be `block`"),
+        (("lines: {base: base, tuned: rot90}", "recipe: merge.yaml"), "a sweep needs `dimensions`"),
+    ],
+)  # fmt: skip
+def test_sweeps_of_blocks_and_lines_that_are_wrong(work: Path, resident: lab.Resident, change: tuple[str, str], problem: str) -> None:
+    with pytest.raises(Refused, match=problem):
+        lab.sweep(sweep_file(work, LINES.replace(*change)), work / "out", resident=resident, settings=FAST)
+
+
+def test_a_sweep_that_is_refused_leaves_nothing(work: Path, resident: lab.Resident) -> None:
+    text = "method: greedy_soup\nmodels: [base, nowhere]\nobjective: {rot90: accuracy}"
+    with pytest.raises(Refused, match="nowhere"):
+        lab.sweep(sweep_file(work, "method: greedy_soup\nmodels: [nowhere, base]\nobjective: {rot90: accuracy}"), work / "out", resident=resident)
+    assert not (work / "out").exists()
+    made = Net()
+    made.load_state_dict({k: v.sign() * 3e38 if k == "embed.weight" else v for k, v in state(work / "base").items()})
+    write(made, work / "huge")
+    text = "method: greedy_soup\nmodels: [base, huge]\nobjective: {rot90: nll}"
+    done = lab.sweep(sweep_file(work, text), work / "out", resident=resident, settings=FAST)
+    assert done.chosen.params["steps.soup.weight"] == [1, 0] and done.failed >= 1
+
+
+def test_what_a_sweep_takes_is_known_before(work: Path) -> None:
+    from surgery.lab.memory import memory_of
+
+    size = sum(v.numel() * 4 for v in state(work / "base").values())
+    plain = memory_of(read_search(sweep_file(work, GRID)), 10**9)
+    assert (plain.model, plain.kept, plain.learning) == (size, 3 * size, 0)
+    assert memory_of(read_search(work / "s.yaml"), size).total == 2 * size
+    ada = "method: adamerging\nbase: base\nmodels: [rot90, inv]\nobjective: {rot90: accuracy}"
+    assert memory_of(read_search(sweep_file(work, ada)), 10**9).learning == 4 * size
+    graft = "method: graft\nbase: base\ntuned: inv\nobjective: {inv: accuracy}"
+    assert memory_of(read_search(sweep_file(work, graft)), 10**9).learning == size // 4 * 23
+    assert sorted(p.name for p in work.iterdir() if p.name.startswith("s")) == ["s.yaml"]

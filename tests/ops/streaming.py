@@ -1,6 +1,7 @@
 """Inputs for tests of operators, and the same operator run over files in pieces, as recipes run it."""
 
 import math
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def streamed(folder: Path, name: str, arrays: list[np.ndarray], **params: Any) -
     (zero + made if is_delta else made).save(folder / "out", threads=2)
     found = surgery.open(folder / "out")["w"].compute()
     return found, apply_to_tensors(op, [torch.from_numpy(x) for x in arrays], params, key=key)
+
+
+def uniform(seed: int, key: str, count: int) -> np.ndarray:
+    """The first draws of a stream from numpy's own generator: an upper byte from plane 0, 24 bits from plane 1."""
+    words = int.from_bytes(blake2b(f"{seed}|{key}".encode(), digest_size=16).digest(), "little")
+    upper = np.random.Philox(key=words, counter=[0, 0, 0, 0]).random_raw(-(-count // 8)).view(np.uint8)[:count]
+    lower = np.random.Philox(key=words, counter=[0, 1, 0, 0]).random_raw(-(-count // 2)).view(np.uint32)[:count]
+    return upper.astype(np.float64) * 2.0**-8 + (lower // 256).astype(np.float64) * 2.0**-32
 
 
 def normal(shape: tuple[int, ...], count: int, seed: int = 0) -> list[np.ndarray]:

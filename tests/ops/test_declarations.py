@@ -107,7 +107,7 @@ def test_inputs_and_result_are_declared(name: str) -> None:
     op = registry[name]
     assert op.gives in ("weights", "delta", "first")
     spaces = {op.takes.space_of(i) for i in range(5)}
-    assert spaces <= {"weights", "delta", "same"}
+    assert spaces <= {"weights", "delta", "same", "mask"}
     assert 1 <= op.takes.at_least <= op.takes.at_most
     assert all(n in op.takes.text for n in op.takes.names)
     assert op.locality in ("elementwise", "rows", "matrix")

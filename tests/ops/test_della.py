@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from streaming import KINDS, LARGE, SHAPES, close, make, normal, rows_of, streamed
+from streaming import KINDS, LARGE, SHAPES, close, make, normal, rows_of, streamed, uniform
 
 import surgery
 import surgery.ops as ops
 from surgery.ops.della import thresholds
 from surgery.ops.eager import apply_to_tensors
-from surgery.ops.random import bits32
 
 
 def probabilities(x: np.ndarray, density: float, epsilon: float) -> np.ndarray:
@@ -36,7 +35,7 @@ def probabilities(x: np.ndarray, density: float, epsilon: float) -> np.ndarray:
 def test_della(kind: str, shape: tuple[int, ...]) -> None:
     (x,) = make(kind, shape, 1)
     values = x.double().numpy()
-    numbers = bits32(3, "w", 0, values.size).astype(np.float64).reshape(shape) / 2**32
+    numbers = uniform(3, "w", values.size).reshape(shape)
     for density, epsilon in ((0.5, 0.15), (0.2, 0.1), (0.8, 0.2), (0.5, 0.0), (1.0, 0.15)):
         p = np.ones(shape) if density == 1 else probabilities(values, density, epsilon)
         masked = values * (numbers < p)
@@ -135,16 +134,30 @@ def test_what_is_measured_must_be_finite(bad: float) -> None:
         ops.della(torch.tensor([[1.0, bad]]), **params)
 
 
-@pytest.mark.parametrize("kind", ["normal", "grid", "zeros", "subnormal"])
+ROWS = {
+    "normal": lambda x: x,
+    "grid": lambda x: np.round(x * 20) / 20,
+    "zeros": lambda x: x * (np.abs(x) > 1),
+    "subnormal": lambda x: x * np.float32(1e-42),
+    "outliers": lambda x: np.where(np.arange(x.size).reshape(x.shape) % 97 == 0, np.float32(1e20), x),
+    "wide": lambda x: np.sinh(np.clip(20 * x, -80, 80)).astype(np.float32),
+    "bfloat16": lambda x: np.round(x * 100) / np.float32(2.0) ** np.round(4 * np.abs(x[::-1])),
+    "few": lambda x: np.where(x > 2, x, np.float32(0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
 def test_compiled_ranks_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are counted, compared, looked through in buckets, and sorted."""
     compiled = pytest.importorskip("surgery.ops.rank_kernels")
     module = sys.modules["surgery.ops.della"]
-    (x,) = normal((300, 500), 1)
-    x = {"normal": x, "grid": np.round(x * 20) / 20, "zeros": x * (np.abs(x) > 1), "subnormal": x * np.float32(1e-42)}[kind]
-    for row in (500, 1, 120_000, 60_000):
+    (x,) = normal((240, 500), 1)
+    x = np.ascontiguousarray(ROWS[kind](x), np.float32)
+    for row in (500, 1, 2, 7, 64, 65, 100, 129, 5000, 120_000, 60_000):
+        some = x.reshape(-1)[: 120_000 // row * row]
         with monkeypatch.context() as patch:
-            patch.setattr(module, "kernels", lambda: compiled)
-            fast = thresholds(x.reshape(-1)[:120_000], row, 0.5, 0.2)
-            patch.setattr(module, "kernels", lambda: None)
-            plain = thresholds(x.reshape(-1)[:120_000], row, 0.5, 0.2)
-        assert np.array_equal(fast, plain)
+            patch.setattr(module, "kernels", lambda name: compiled)
+            fast = thresholds(some, row, 0.5, 0.2)
+            patch.setattr(module, "kernels", lambda name: None)
+            plain = thresholds(some, row, 0.5, 0.2)
+        assert np.array_equal(fast, plain), row

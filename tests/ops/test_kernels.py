@@ -22,15 +22,10 @@ def plain(monkeypatch):
 
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            for module in (convert, random, select, statistics, __import__("surgery.ops.ties", fromlist=["x"]), _sparsify()):
-                patch.setattr(module, "kernels", lambda: None)
+            patch.setattr(fast, "_loaded", None)
             return function(*args, **kwargs)
 
     return call
-
-
-def _sparsify():
-    return __import__("surgery.ops.sparsify", fromlist=["x"])
 
 
 def floats(n: int, spread: float = 1.0) -> np.ndarray:
@@ -81,7 +76,17 @@ def test_masks(plain, start, count):
     for density in (0.1, 0.5, 0.999):
         got = random.bernoulli(density, 3, "key", start, count)
         assert np.array_equal(got, plain(random.bernoulli, density, 3, "key", start, count))
+        got = random.keep(density, 3, "key", start, count)
+        assert np.array_equal(got, plain(random.keep, density, 3, "key", start, count))
     assert np.array_equal(random.bits32(3, "key", start, count), plain(random.bits32, 3, "key", start, count))
+
+
+def test_masks_where_only_the_lower_bits_decide(plain):
+    """Probabilities next to each other: the lower 24 bits tell them apart."""
+    n = 1 << 18
+    numbers = plain(random.draws, 3, "key", 5, n)
+    for limit in (0, 1, int(np.sort(numbers)[1000]), int(np.sort(numbers)[1000]) + 1, 1 << 24, (200 << 24) + 1, 2**32 - 1):
+        assert np.array_equal(random.keep(limit / 2**32, 3, "key", 5, n), numbers < limit)
 
 
 @pytest.mark.parametrize("like", ["paper", "mergekit", "peft"])
@@ -115,14 +120,15 @@ def test_dare_on_arrays_is_dare_on_tensors(plain, rescale):
 
 @pytest.mark.parametrize("low,high", [(0.5, 0.6), (0.1, np.inf), (2.0, np.nextafter(np.float32(2.0), np.float32(3)))])
 def test_brackets(low, high):
-    x = np.round(floats(10_000), 1)
+    x = np.round(floats(10_007), 1)
     out = np.empty(len(x), np.float32)
-    above, inside, finite = compiled.bracket(x, np.float32(low), np.float32(high), True, out)
+    bracket = fast.kernels("select_kernels").bracket
+    above, inside, finite = bracket(x, np.float32(low), np.float32(high), True, out)
     m = np.abs(x)
     assert (above, inside, finite) == ((m >= np.float32(high)).sum(), ((m >= np.float32(low)) & (m < np.float32(high))).sum(), True)
     assert np.array_equal(out[:inside], m[(m >= np.float32(low)) & (m < np.float32(high))])
     x[777] = np.nan
-    assert compiled.bracket(x, np.float32(low), np.float32(high), True, out)[2] is False
+    assert bracket(x, np.float32(low), np.float32(high), True, out)[2] is False
 
 
 @pytest.mark.parametrize("coefs", [[0.25, 0.25, 0.5], [1.0, 0.4, -0.3], [0.7], [1.0, -1.0], [0.3, 0.3]])
@@ -131,7 +137,6 @@ def test_fused_sums(tmp_path, monkeypatch, coefs):
     from safetensors.torch import save_file
 
     import surgery
-    from surgery.engine import evaluate
 
     paths = []
     for i in range(len(coefs)):
@@ -146,8 +151,7 @@ def test_fused_sums(tmp_path, monkeypatch, coefs):
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     got = merged("fast")
-    for module in (evaluate, convert):
-        monkeypatch.setattr(module, "kernels", lambda: None)
+    monkeypatch.setattr(fast, "_loaded", None)
     assert got == merged("plain")
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming import uniform
 
 import surgery.ops as ops
 from surgery.ops.eager import apply_to_tensors
-from surgery.ops.random import bernoulli, bits32
+from surgery.ops.random import bernoulli, bits32, draws, keep
 from surgery.ops.statistics import dot, l1
 
 SHAPES = [(), (1,), (0,), (7,), (5, 3), (0, 3), (2, 5, 3), (4, 3, 3, 3), (70, 90)]
@@ -298,8 +299,8 @@ def test_dare(kind: str, shape: tuple[int, ...]) -> None:
     (x,) = make(kind, shape, 1)
     values = x.double().numpy()
     for density in (0.1, 0.5, 1.0):
-        numbers = bits32(3, "w", 0, values.size).astype(np.float64).reshape(shape)
-        masked = values * (numbers < round(density * 2**32))
+        numbers = uniform(3, "w", values.size).reshape(shape)
+        masked = values * (numbers < round(density * 2**32) / 2**32)
         left = float(np.abs(masked).sum())
         for rescale, factor in (
             ("inverse", 1 / density),
@@ -346,6 +347,19 @@ def test_random_numbers_do_not_depend_on_pieces(seed: int, cuts: list[int], far:
     masks = [bernoulli(0.3, seed, "layers.0.w", far + a, b - a) for a, b in pairwise(edges)]
     assert np.array_equal(np.concatenate(masks), bernoulli(0.3, seed, "layers.0.w", far, 300))
     assert len(bits32(seed, "k", far, 0)) == 0
+    numbers = draws(seed, "layers.0.w", far, 300)
+    assert numbers.dtype == np.uint32
+    assert np.array_equal(np.concatenate([draws(seed, "layers.0.w", far + a, b - a) for a, b in pairwise(edges)]), numbers)
+    assert np.array_equal(keep(0.3, seed, "layers.0.w", far, 300), numbers < round(0.3 * 2**32))
+    assert len(draws(seed, "k", far, 0)) == len(keep(0.3, seed, "k", far, 0)) == 0
+
+
+def test_draws_are_uniform_and_their_planes_independent() -> None:
+    numbers = draws(5, "w", 0, 1 << 18)
+    assert np.array_equal(numbers / 2**32, uniform(5, "w", 1 << 18))
+    cells = np.histogram2d(numbers >> 24, (numbers >> 16) & 255, bins=16, range=[[0, 256]] * 2)[0]
+    assert abs(((cells - 1024) ** 2 / 1024).sum() - 255) < 5 * math.sqrt(2 * 255)  # chi squared of 256 cells
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 5 / 512
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,13 @@ def checked(path: Path) -> Page:
     assert len(regions) == len(page.tables) and all(a["tabindex"] == "0" and a["role"] == "region" for a in regions)
     pictures = [a for tag, a in page.tags if tag == "svg"]
     assert all(a["role"] == "img" and "viewbox" in a and "width" not in a for a in pictures)
+    assert [a["class"] for a in pictures] == ["wide", "narrow"] * (len(pictures) // 2)  # one of each is shown
     return page
+
+
+def drawn(page: Page) -> int:
+    """Figures on a page."""
+    return sum(tag == "figure" for tag, _ in page.tags)
 
 
 def close(text: str, value: float | int | None) -> bool:
@@ -157,7 +163,7 @@ def call(command: Any, *args: Any) -> str:
 def test_difference_page(folder: Path, tmp_path: Path) -> None:
     found = json.loads(call(diff, folder / "base", folder / "b", "--spectral", "--html", tmp_path / "d.html", "--json"))
     page = checked(tmp_path / "d.html")
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert drawn(page) == 4
     keys = {"elements": "elements", "‖B − A‖": "norm", "relative": "relative", "cosine": "cosine", "largest change": "max_abs",
             "changed": "changed_share"}  # fmt: skip
     rows = page.table("Change per layer")
@@ -185,7 +191,7 @@ def test_difference_page(folder: Path, tmp_path: Path) -> None:
 def test_difference_page_without_spectra_and_of_twins(folder: Path, tmp_path: Path) -> None:
     call(diff, folder / "base", folder / "a", "--html", tmp_path / "d.html")
     page = checked(tmp_path / "d.html")
-    assert sum(tag == "svg" for tag, _ in page.tags) == 1 and len(page.tables) == 2
+    assert drawn(page) == 1 and len(page.tables) == 2
     call(diff, folder / "a", folder / "a", "--html", tmp_path / "same.html", "--spectral")
     checked(tmp_path / "same.html")
     assert "same tensors with the same values" in (tmp_path / "same.html").read_text()
@@ -382,11 +388,11 @@ def test_scattered_trials_soups_and_failures(tmp_path: Path) -> None:
     )
     data |= {"trials_made": 7, "trials_failed": 1}
     page = sweep_page(tmp_path, data)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5  # two numbers, three pairs of objectives
+    assert drawn(page) == 5  # two numbers, three pairs of objectives
     last = page.table("Every trial")[-1]
     assert last["problem"] == "a measure is not finite" and last["score"] == "–" and float(last["w"]) == 9.0
     page = sweep_page(tmp_path, sweep([{"steps.soup.weight": [1, 0]}, {"steps.soup.weight": [1, 1]}], goals=("a",)))
-    assert sum(tag == "svg" for tag, _ in page.tags) == 0
+    assert drawn(page) == 0
     assert [r["steps.soup.weight"] for r in page.table("Every trial")] == ["[1, 0]", "[1, 1]"]
 
 

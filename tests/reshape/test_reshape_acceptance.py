@@ -17,10 +17,10 @@ import torch
 import transformers
 from helpers import surgery as command
 from scipy.stats import spearmanr
+from surgery.reshape.angular import angular_distances
 
 import surgery
 from surgery import steps
-from surgery.reshape.angular import angular_distances
 from surgery.reshape.learn_mixing import learn_mixing
 
 LETTERS = {c: i for i, c in enumerate([chr(c) for c in range(32, 127)] + ["\n"])}

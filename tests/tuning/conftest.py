@@ -1,4 +1,6 @@
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tuning_models as models
@@ -17,3 +19,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.csv(folder / "train.csv")
     models.text(folder / "text.txt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The base of the digits rig, as the lab's tests have it."""
+    from safetensors.torch import load_file
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "lab"))
+    from lab_rig import build_rig
+
+    return load_file(build_rig(tmp_path_factory.mktemp("digits") / "rig") / "base" / "model.safetensors")

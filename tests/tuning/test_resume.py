@@ -21,6 +21,8 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "lift, whose mask moves": ({"method": {"lift": {"rank": 2, "every": 2}}, "save_every": 3}, [5]),
     "lt-sft, first phase": ({"method": {"lt_sft": {"density": 0.1}}}, [5]),
     "lt-sft, second phase": ({"method": {"lt_sft": {"density": 0.1}}}, [9 + 5]),
+    "diff pruning, gates": ({"method": {"diff_pruning": {"density": 0.1}}, "save_every": 2}, [5]),
+    "diff pruning, fixed mask": ({"method": {"diff_pruning": {"density": 0.1}}}, [9 + 5]),
     "stock": ({"average": "stock", "epochs": 2}, [5, 8]),
     "elastic": ({"average": {"elastic": {"every": 4, "decay": 0.5}}}, [7]),
     "lora": ({"method": {"lora": {"r": 2, "lora_dropout": 0.1}}}, [4]),

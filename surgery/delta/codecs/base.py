@@ -94,7 +94,9 @@ def check_options(codec: Lossy, options: Mapping[str, Any]) -> dict[str, Any]:
         if key in options:
             for error in jsonschema.Draft202012Validator(dict(schema)).iter_errors(options[key]):
                 raise Refused(f"codec {codec.name}: option `{key}` is wrong: {error.message}")
-            made[key] = options[key]
+            value = options[key]  # `--bits 2` is 2.0, which an enumeration of integers holds to be one of its own
+            whole = isinstance(value, float) and value.is_integer() and any(type(v) is int for v in schema.get("enum", ()))
+            made[key] = int(value) if whole else value
         elif "default" in schema:
             made[key] = schema["default"]
         else:

@@ -9,6 +9,7 @@ from surgery.delta.lossy import (  # noqa: F401
     lowrank,
     nf4,
     quantile,
+    rounded,
     sign,
     sparse,
     sparse24,

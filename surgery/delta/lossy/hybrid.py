@@ -16,6 +16,7 @@ import numpy as np
 
 from surgery.delta.codecs.base import Coded, Lossy, lossy, lossy_codec
 from surgery.delta.lossy.common import Array, Codec, Parts
+from surgery.delta.lossy.inputs import Inputs
 
 _STAGE = {"type": "object", "required": ["codec"], "properties": {"codec": {"type": "string"}}}
 _MOST = 8
@@ -24,6 +25,7 @@ _MOST = 8
 @lossy
 class Hybrid(Codec):
     name = "hybrid/1"
+    calibrated = True
     options = MappingProxyType(
         {
             "stages": {
@@ -37,13 +39,18 @@ class Hybrid(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         left, made = x, []
         for stage in options["stages"]:
             codec, given = self._stage(key, stage)
-            made.append((codec, codec.encode(left, key=key, **given)))
+            made.append((codec, coded_with(codec, left, key, inputs, given)))
             left = left - codec.decode(made[-1][1], x.shape, key, 0, x.size).reshape(x.shape)
         return joined(made)
+
+    def room(self, shape: tuple[int, ...], **options: Any) -> int:
+        stages = options.get("stages") or [options.get("quantiser") or {"codec": "group/1"}, {"codec": "lowrank/1"}]
+        needs = (getattr(lossy_codec(s["codec"]), "room", None) for s in stages)
+        return 12 * int(np.prod(shape)) + max(need(shape) if need else 0 for need in needs)
 
     def _stage(self, key: str, stage: Mapping[str, Any]) -> tuple[Lossy, dict[str, Any]]:
         codec = lossy_codec(stage["codec"])
@@ -61,6 +68,12 @@ class Hybrid(Codec):
             parts = {n[2:]: p for n, p in coded.parts.items() if n.startswith(f"{i}.")}
             total += codec.decode(Coded(parts, stage["facts"]), shape, key, start, stop)
         return total
+
+
+def coded_with(codec: Lossy, delta: Array, key: str, inputs: Inputs | None, options: Mapping[str, Any]) -> Coded:
+    """A delta coded, fitted to a layer's inputs where they are known and the codec can make use of them."""
+    given = {"inputs": inputs} if inputs is not None and getattr(codec, "calibrated", False) else {}
+    return codec.encode(delta, key=key, **given, **options)
 
 
 def joined(made: Sequence[tuple[Lossy, Coded]]) -> Parts:
@@ -97,7 +110,7 @@ class LoftQ(Hybrid):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         quantiser, given = self._stage(key, options["quantiser"])
         low = lossy_codec("lowrank/1")
         kept: tuple[float, list[tuple[Lossy, Coded]]] | None = None
@@ -107,14 +120,15 @@ class LoftQ(Hybrid):
             for part in ("svd", "quantise") if options["start"] == "svd" else ("quantise", "svd"):
                 if part == "svd":
                     rest = x if codes is None else x - codes[1]
-                    made = low.encode(rest, key=key, rank=options["rank"], factors=options["factors"])
+                    made = coded_with(low, rest, key, inputs, {"rank": options["rank"], "factors": options["factors"]})
                     factors = made, low.decode(made, x.shape, key, 0, x.size).reshape(x.shape)
                 else:
-                    made = quantiser.encode(x if factors is None else x - factors[1], key=key, **given)
+                    made = coded_with(quantiser, x if factors is None else x - factors[1], key, inputs, given)
                     codes = made, quantiser.decode(made, x.shape, key, 0, x.size).reshape(x.shape)
                 if codes is None or factors is None:
                     continue
-                error = float(np.square(x - codes[1] - factors[1], dtype=np.float64).sum())
+                rest = (x - codes[1] - factors[1]).astype(np.float64)
+                error = float(np.square(rest).sum()) if inputs is None else inputs.harm(rest)
                 if kept is None or error < kept[0]:
                     kept = error, [(quantiser, codes[0]), (low, factors[0])]
         assert kept is not None

@@ -39,7 +39,8 @@ class Part(Document):
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if key.tag == _MERGE and isinstance(other, yaml.MappingNode):
                         for pair in self._with_merged(other, (*above, id(node))):
-                            taken.setdefault(pair[0].value, pair)
+                            name = pair[0].value if isinstance(pair[0], yaml.ScalarNode) else id(pair[0])  # refused later
+                            taken.setdefault(name, pair)
             names = {key.value for key, _ in own if isinstance(key, yaml.ScalarNode)}
             self._pairs[id(node)] = [pair for name, pair in taken.items() if name not in names] + own
         return self._pairs[id(node)]

@@ -62,7 +62,7 @@ def reference(document: Document, path: tuple[Any, ...], said: Any) -> Reference
 
 
 def _from_text(place: str, said: str) -> Reference:
-    if Path(said).expanduser().exists():
+    if Path(os.path.expanduser(said)).exists():
         return Reference(said)
     model, plus, adapter = said.partition("+")
     if "+" in adapter:
@@ -90,7 +90,7 @@ def _part(document: Document, path: tuple[Any, ...], said: Any) -> tuple[str, st
 
 
 def _revision(place: str, said: str) -> tuple[str, str | None]:
-    if Path(said).expanduser().exists():
+    if Path(os.path.expanduser(said)).exists():
         return said, None
     path, at, revision = said.partition("@")
     if "@" in revision:
@@ -101,7 +101,7 @@ def _revision(place: str, said: str) -> tuple[str, str | None]:
 
 
 def _found(path: str, beside: Path) -> str:
-    if os.path.isabs(path) or Path(path).expanduser().exists() or not (beside / path).exists():
+    if os.path.isabs(path) or Path(os.path.expanduser(path)).exists() or not (beside / path).exists():
         return path
     return str(beside / path)
 

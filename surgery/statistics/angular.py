@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.source import open_source
+from surgery.checkpoint.source import Source, open_source
 from surgery.checkpoint.structure import structure_of
 from surgery.errors import Refused
-from surgery.statistics.live import load
+from surgery.statistics.live import Live, load
 from surgery.statistics.texts import tokenised
 
 
@@ -38,17 +38,29 @@ def angular_distances(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Angles:
     """Measure runs of 1 to `most` blocks (default: all but one) of the model at `model` over texts. Raises Refused."""
-    import torch
-
     source = open_source(model)
     live = load(source)
+    assert source.directory is not None
+    texts = tokenised(Path(data), source.directory, samples=samples, length=length, vocabulary=live.vocabulary)
+    return angles(live, source, texts, most=most, progress=progress)
+
+
+def angles(
+    live: Live,
+    source: Source,
+    texts: Sequence[Sequence[int]],
+    *,
+    most: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Angles:
+    """As `angular_distances`, of a live model and texts as token ids."""
+    import torch
+
     blocks = _blocks(live.model, source)
     depth = len(blocks)
     most = depth - 1 if most is None else most
     if not 1 <= most < depth:
         raise Refused(f"runs of 1 to {depth - 1} blocks can be measured, asked for {most}")
-    assert source.directory is not None
-    texts = tokenised(Path(data), source.directory, samples=samples, length=length, vocabulary=live.vocabulary)
     states: list[Any] = [None] * (depth + 1)
     hooks = [block.register_forward_hook(_keep(states, i), with_kwargs=True) for i, block in enumerate(blocks)]
     sums = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
