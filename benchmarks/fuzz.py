@@ -133,9 +133,10 @@ def package(folder: Path) -> tuple[Target, list[bytes]]:
     import numpy as np
 
     from surgery.delta.codecs.stream import pack_text
-    from surgery.delta.container import Package, header_of
+    from surgery.delta.container import Package
     from surgery.delta.manifest import read_manifest
     from surgery.delta.pack import pack
+    from surgery.delta.shards import header_of
     from surgery.inputs import open_node
 
     _models(folder)

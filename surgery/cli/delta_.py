@@ -159,7 +159,7 @@ def apply_(package: str, base: str, out: str, quiet: bool, **options: Any) -> No
     from surgery.inputs import open_node
 
     node = PackageNode(Package(package), open_node(base))
-    total = sum(e.target.nbytes for e in node.package.manifest.entries.values())
+    total = sum(e.target.nbytes for e in node.manifest.entries.values())
     with bar(total, show=not quiet and sys.stderr.isatty()) as advance:
         made = apply(node, out, progress=advance, **options)
     if not quiet:
@@ -212,7 +212,7 @@ command.add_command(import_)
 @command.command("schema")
 def schema_() -> None:
     """Print the JSON Schema of a package's manifest."""
-    from surgery.delta.manifest import SCHEMA
+    from surgery.delta.schema import SCHEMA
 
     print_json(SCHEMA)
 

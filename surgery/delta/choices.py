@@ -8,8 +8,9 @@ from typing import Any
 from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.codecs.base import check_options, lossy_codec
 from surgery.delta.coding import Pairing, Readers, delta_of
+from surgery.delta.entries import unknown
 from surgery.delta.match import match
-from surgery.delta.pack import Choose, unknown
+from surgery.delta.pack import Choose
 from surgery.delta.rebuild import stored_tensors
 from surgery.delta.reference import Array
 from surgery.engine.reader import Reader

@@ -54,10 +54,13 @@ class Chunk:
 
 @dataclass
 class LossyTensor:
+    """leaves: of the reconstruction; base: of the base; exact: what makes the target of the reconstruction, if asked for."""
+
     coded: Coded
-    leaves: list[str]  # of the reconstruction
+    leaves: list[str]
     base: list[str]
     error: dict[str, float | None] = field(default_factory=dict)
+    exact: list[Chunk] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,13 @@ def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
     return min(2.0 * bound, bound + half) + largest * 2.0**-22
 
 
-def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
+def code_lossy(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], residual: Exact | None = None
+) -> LossyTensor:
     """A whole tensor, coded; its error measured on what a reader will get, final rounding included.
 
     An asked `max_error` holds for that too: where rounding spoils it the tensor is coded again at half of it, which suffices.
+    residual: how what is left is coded, for packages that end exact.
     """
     made = _coded(pairing, readers, codec, options)
     asked = options.get("max_error")
@@ -128,7 +134,23 @@ def code_lossy(pairing: Pairing, readers: Readers, codec: Lossy, options: Mappin
         made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2})
     if asked is not None and made.error["max_abs"] <= asked and "bound" in made.error:
         made.error["bound"] = min(made.error["bound"], asked)
+    if residual is not None:
+        made.exact = _residual(pairing, readers, codec, made, residual)
     return made
+
+
+def _residual(pairing: Pairing, readers: Readers, codec: Lossy, made: LossyTensor, exact: Exact) -> list[Chunk]:
+    """The target's chunks against what the first layer makes of them."""
+    target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
+    chunks = []
+    for a, b in fingerprint.chunks(shape):
+        _, ref, leaf = pairing.bits(readers, a, b)
+        assert ref is not None
+        first = added(ref, codec.decode(made.coded, shape, target.name, a, b), dtype)
+        raw = readers.raw(pairing.made, a, b)
+        payload, least = exact.measured(raw, first, dtype, fingerprint.row_of(shape))
+        chunks.append(Chunk(payload, fingerprint.digest(raw), leaf, False, least))
+    return chunks
 
 
 def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
