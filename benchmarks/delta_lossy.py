@@ -3,6 +3,8 @@
     python benchmarks/delta_lossy.py                                      synthetic delta: heavy tails on a low-rank part
     python benchmarks/delta_lossy.py --base B --model M --only '*q_proj*'  real matrices
     python benchmarks/delta_lossy.py --pair main16 --work DIR             logits of the MiniLM pair of `delta_pairs`
+    python benchmarks/delta_lossy.py --pair smol16 --work DIR             logits of the decoder of `decoder_pair`
+    ... --calib                                                           codecs fitted to texts that the model was tuned on
 
 Speeds are of float32 deltas on one core (process CPU time of one thread). Logit error is the mean squared difference to the
 tuned model's logits over that of the base model: 0 is the tuned model, 1 the base.
@@ -62,6 +64,28 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("loftq", {"rank": 16}),
     ("quantile", {"bits": 1}),
     ("sparse", {"density": 0.05, "values": "bfloat16"}),
+]
+
+
+CALIBRATED: list[tuple[str, dict[str, Any]]] = [
+    ("round", {"bits": 0.25}),
+    ("round", {"bits": 0.5}),
+    ("round", {"bits": 1.0}),
+    ("round", {"bits": 2.0}),
+    ("svd_wf", {"bits": 0.1}),
+    ("svd_wf", {"bits": 0.25}),
+    ("svd_wf", {"bits": 0.5}),
+    ("svd_wf", {"bits": 1.0}),
+    ("svd_wf", {"bits": 2.0}),
+    ("lowrank", {"bits": 1.0}),
+    ("delta_come", {"bits": 1.0}),
+    ("sign", {}),
+    ("ternary", {"density": 0.2}),
+    ("group", {"bits": 2}),
+    ("group", {"bits": 3}),
+    ("nf4", {}),
+    ("sparse24", {"bits": 4}),
+    ("loftq", {"rank": 16}),
 ]
 
 
@@ -126,6 +150,81 @@ def measured(name: str, options: dict[str, Any], deltas: list[tuple[str, np.ndar
     return {**row, "made": made}
 
 
+def fitted(
+    name: str, options: dict[str, Any], probe: Any, deltas: list[tuple[str, np.ndarray]], repair: int = 0
+) -> dict[str, Any]:
+    """One codec fitted to the texts that the model was tuned on: like `measured`, without speeds of decoding."""
+    from surgery.delta.calibration.session import calibration
+    from surgery.inputs import open_node
+
+    known, codec = {n for n, _ in deltas}, lossy_codec(name)
+    base, tuned = (open_node(str(p)) for p in probe.folders)
+    start = time.process_time()
+    with calibration(base, tuned, str(probe.texts), samples=128, length=64, repair=repair) as session:
+        found = session.fit(lambda t: (codec, options) if t.name in known else None)
+    seconds, size = time.process_time() - start, sum(d.size for _, d in deltas)
+    spent, largest, sums, made = 0.0, 0.0, [0.0, 0.0, 0.0], {}
+    for key, delta in deltas:
+        used, coded = found.codes[key]
+        made[key] = used.decode(coded, delta.shape, key, 0, delta.size).reshape(delta.shape)
+        d, r = delta.astype(np.float64), made[key].astype(np.float64)
+        sums = [sums[0] + (d * d).sum(), sums[1] + (d * r).sum(), sums[2] + ((r - d) ** 2).sum()]
+        spent, largest = spent + 8.0 * coded.nbytes, max(largest, coded.facts["error"]["max_abs"])
+    said = described(name, options) + (f", repair {repair}" if repair else "") + ", fitted"
+    row = {"method": said, "bits": spent / size, "rel_fro": (sums[2] / sums[0]) ** 0.5, "gain": sums[1] / sums[0]}
+    return {**row, "max_abs": largest, "encode_mb_s": 4e-6 * size / seconds, "made": made}
+
+
+class Decoder:
+    """The decoder of `decoder_pair`: next-token logits on held-out texts. accuracy: of the next token."""
+
+    def __init__(self, work: Path, count: int) -> None:
+        import decoder_pair
+        import torch
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch = torch
+        self.folders = decoder_pair.pair(work)
+        self.texts = work / "texts.jsonl"
+        self.base, self.tuned = (load_file(f / "model.safetensors") for f in self.folders)
+        self._model = AutoModelForCausalLM.from_pretrained(self.folders[1], dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(self.folders[0])
+        lines = (work / "held.jsonl").read_text().splitlines()[:count]
+        self._ids = [torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:96]]) for line in lines]
+        self._right = [x.clone() for x in self._logits(self.tuned)]
+        self._away = sum(float((a - b).square().sum()) for a, b in zip(self._logits(self.base), self._right, strict=True))
+
+    def _logits(self, weights: dict[str, Any]) -> Iterator[Any]:
+        self._model.load_state_dict({n: t.float() for n, t in weights.items()}, strict=False)
+        with self._torch.no_grad():
+            for ids in self._ids:
+                yield self._model(input_ids=ids).logits[0]
+
+    def accuracy(self, weights: dict[str, Any] | None = None) -> float:
+        found = self._right if weights is None else self._logits(weights)
+        right = sum(int((x[:-1].argmax(-1) == ids[0, 1:]).sum()) for x, ids in zip(found, self._ids, strict=True))
+        return right / sum(ids.shape[1] - 1 for ids in self._ids)
+
+    def deltas(self) -> list[tuple[str, np.ndarray]]:
+        names = [n for n, t in self.tuned.items() if ".layers." in n and t.ndim == 2]
+        return [(n, (self.tuned[n].float() - self.base[n].float()).numpy()) for n in names]
+
+    def score(self, made: dict[str, np.ndarray]) -> dict[str, float]:
+        torch, weights = self._torch, dict(self.tuned)
+        for name, delta in made.items():
+            weights[name] = (self.base[name].float() + torch.from_numpy(delta)).to(self.base[name].dtype)
+        off = kl = 0.0
+        same = hits = count = steps = 0
+        for got, right, ids in zip(self._logits(weights), self._right, self._ids, strict=True):
+            off += float((got - right).square().sum())
+            p, q = torch.log_softmax(right, -1), torch.log_softmax(got, -1)
+            kl += float((p.exp() * (p - q)).sum())
+            same, count = same + int((got.argmax(-1) == right.argmax(-1)).sum()), count + len(got)
+            hits, steps = hits + int((got[:-1].argmax(-1) == ids[0, 1:]).sum()), steps + len(got) - 1
+        return {"accuracy": hits / steps, "agree": same / count, "stored": off / self._away, "kl": kl / count}
+
+
 class Probe:
     """The tuned MiniLM encoder with its head; logits of any weights under that head.
 
@@ -138,7 +237,8 @@ class Probe:
         import torch
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        self.base, self.tuned = (self._read(p) for p in delta_pairs.pair(work, pair))
+        self.folders = delta_pairs.pair(work, pair)
+        self.base, self.tuned = (self._read(p) for p in self.folders)
         self._torch = torch
         self._tokenizer = AutoTokenizer.from_pretrained(delta_pairs._home())
         torch.manual_seed(0)
@@ -146,6 +246,9 @@ class Probe:
         self._head = torch.nn.Linear(self._model.config.hidden_size, delta_pairs.CLASSES)
         train, held = delta_pairs.examples()
         self._held = held[:count]
+        self.texts = work / f"{pair}-calib.jsonl"
+        ids = [self._tokenizer(text, truncation=True, max_length=64)["input_ids"] for text, _ in train[:160]]
+        self.texts.write_text("".join(json.dumps({"input_ids": one}) + "\n" for one in ids))
         self._labels = torch.tensor([c for _, c in self._held])
         features, labels = self._features(self.tuned, train[:3000]), torch.tensor([c for _, c in train[:3000]])
         regime = delta_pairs.REGIMES[pair]
@@ -233,7 +336,7 @@ def automatic(deltas: list[tuple[str, np.ndarray]], bits: float) -> dict[str, An
 COLUMNS = {
     "bits": "{:.3f}", "rel_fro": "{:.3f}", "gain": "{:.3f}", "max_abs": "{:.1e}",
     "encode_mb_s": "{:.0f}", "decode_mb_s": "{:.0f}",
-    "accuracy": "{:.3f}", "agree": "{:.3f}", "logit": "{:.2e}", "stored": "{:.2e}",
+    "accuracy": "{:.3f}", "agree": "{:.4f}", "logit": "{:.2e}", "stored": "{:.2e}", "kl": "{:.2e}",
 }  # fmt: skip
 
 
@@ -252,31 +355,42 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--examples", type=int, default=1000, help="held-out examples for logits")
     parser.add_argument("--method", action="append", help="only codecs of this name; repeatable")
+    parser.add_argument("--calib", action="store_true", help="codecs fitted to texts, on top of those without data")
+    parser.add_argument("--only-calib", action="store_true", help="only those")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if "OMP_NUM_THREADS" not in os.environ:  # threads that wait would count as process time
         one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **one})
-    probe = Probe(given.work, given.pair, given.examples) if given.pair else None
+    probe: Any = None
+    if given.pair:
+        decoder = given.pair == "smol16"
+        probe = Decoder(given.work, min(given.examples, 24)) if decoder else Probe(given.work, given.pair, given.examples)
     if probe:
         deltas = probe.deltas()
     elif given.base:
         deltas = list(matrices(given.base, given.model, given.only or ["*"], given.most))
     else:
         deltas = [("synthetic", synthetic())]
-    columns = [c for c in COLUMNS if probe or c not in ("accuracy", "agree", "logit", "stored")]
+    decoder = isinstance(probe, Decoder)
+    shown = ("accuracy", "agree", "stored", "kl" if decoder else "logit")
+    columns = [c for c in COLUMNS if c in (shown if probe else ()) or c not in ("accuracy", "agree", "logit", "stored", "kl")]
     if probe:
         print(f"tuned model: accuracy {probe.accuracy():.3f}, base under the same head {probe.accuracy(probe.base):.3f}")
     print(f"{len(deltas)} matrices, {sum(d.size for _, d in deltas)} weights\n")
     print(f"| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     rows = []
-    jobs: list[Callable[[], dict[str, Any]]] = [
-        lambda n=n, o=o: measured(n, o, deltas)
-        for n, o in METHODS
-        if not given.method or n in given.method  # type: ignore[misc]
-    ]
-    if not given.method or "auto" in given.method:
-        jobs += [lambda b=b: automatic(deltas, b) for b in (1.0, 2.0)]  # type: ignore[misc]
+    jobs: list[Callable[[], dict[str, Any]]] = []
+    wanted = [(n, o) for n, o in METHODS if not given.method or n in given.method]
+    if not given.only_calib:
+        jobs += [lambda n=n, o=o: measured(n, o, deltas) for n, o in wanted]  # type: ignore[misc]
+        if not given.method or "auto" in given.method:
+            jobs += [lambda b=b: automatic(deltas, b) for b in (1.0, 2.0)]  # type: ignore[misc]
+    if given.calib or given.only_calib:
+        wanted = [(n, o) for n, o in CALIBRATED if not given.method or n in given.method]
+        jobs += [lambda n=n, o=o: fitted(n, o, probe, deltas) for n, o in wanted]  # type: ignore[misc]
+        if not given.method or "repair" in given.method:
+            jobs += [lambda: fitted("group", {"bits": 2}, probe, deltas, repair=8)]
     for job in jobs:
         row = job()
         made = row.pop("made")

@@ -16,7 +16,7 @@ BELOW = {
     "graph": {"checkpoint", "ops", "errors"},
     "engine": {"remote", "graph", "checkpoint", "ops", "errors", "version"},
     "adapter": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
-    "delta": {"engine", "graph", "checkpoint", "ops", "errors", "version"},
+    "delta": {"statistics", "engine", "graph", "checkpoint", "ops", "errors", "version"},
     "analysis": {"engine", "graph", "checkpoint", "ops", "errors"},
     "report": {"errors", "version"},
     "vocabulary": {"engine", "graph", "checkpoint", "ops", "errors"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,3 +43,16 @@ def bar(total: int, *, show: bool) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def steps(*, show: bool) -> Callable[[str, int, int], None]:
+    """A function of (what is done, how much, of how much) that says so on stderr at every fifth of each."""
+    said: dict[str, int] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        fifth = 5 * done // max(1, total)
+        if show and fifth > said.get(what, 0):
+            said[what] = fifth
+            click.echo(f"{what}: {20 * fifth} %", err=True)
+
+    return tell

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.codecs.base import check_options, lossy_codec
-from surgery.delta.coding import Pairing, Readers, delta_of
-from surgery.delta.entries import unknown
-from surgery.delta.match import match
 from surgery.delta.pack import Choose
 from surgery.delta.rebuild import stored_tensors
 from surgery.delta.reference import Array
-from surgery.engine.reader import Reader
 from surgery.errors import Refused
-from surgery.graph.expr import Read, walk
 from surgery.graph.node import Node
 from surgery.graph.values import matches
+
+DEFAULT, CALIBRATED = "dither", "round"  # what codes where no codec is named, without and with calibration data
 
 
 def fixed(model: Node, codec: str, options: Mapping[str, Any], only: Sequence[str]) -> Choose:
@@ -36,27 +34,21 @@ def automatic(
     bits: float | None = None,
     size: int | None = None,
     max_error: float | None = None,
+    weights: Callable[[set[str]], Mapping[str, float]] | None = None,
 ) -> Choose:
-    """One budget spent over all chosen tensors. Deltas are read once, one tensor at a time."""
+    """One budget spent over all chosen tensors. Deltas are read once, one tensor at a time.
+
+    weights: names -> factors on tensors' squared errors, from what is known of their inputs; codes are fitted to those then.
+    """
+    from surgery.delta.deltas import Deltas
     from surgery.delta.lossy.auto import allocate
 
-    stored, made = stored_tensors(base), stored_tensors(model)
-    target, below = unknown(made), unknown(stored)
-    pairs = match(target, below)
     chosen = _chosen(model, only)
-    files = {p: s for e in walk([*stored.values(), *made.values()]) if isinstance(e, Read) for p, s in e.source.files.items()}
-    reader = Reader(files)
-    readers = Readers(reader)
-    providers: dict[str, Callable[[], Array]] = {}
-    for name in sorted(chosen, key=list(made).index):
-        other = pairs.get(name)
-        if other is not None and below[other].shape == target[name].shape and target[name].dtype.is_float:
-            pairing = Pairing(target[name], made[name], below[other], stored[other])
-            providers[name] = lambda pairing=pairing: delta_of(pairing, readers)[0]  # type: ignore[misc]
-    try:
-        found = allocate(providers, bits=bits, size=size, max_error=max_error)
-    finally:
-        reader.close()
+    with Deltas(base, model) as deltas:
+        providers: dict[str, Callable[[], Array]] = {n: partial(deltas.delta, n) for n in deltas if n in chosen}
+        factors = None if weights is None else weights(set(providers))
+        codec = "dither/1" if weights is None else "round/1"
+        found = allocate(providers, bits=bits, size=size, max_error=max_error, weights=factors, codec=codec)
     table = {name: (lossy_codec(c.codec), dict(c.options)) for name, c in found.choices.items() if c.codec is not None}
     table = {name: (codec, check_options(codec, options)) for name, (codec, options) in table.items()}
     return lambda tensor: table.get(tensor.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -14,15 +14,21 @@ import numpy as np
 from surgery.checkpoint.dtypes import DType
 from surgery.delta import fingerprint
 from surgery.delta.codecs.base import Coded, Lossy
-from surgery.delta.codecs.exact import Exact
+from surgery.delta.codecs.exact import RESIDUAL, Exact, Hint
+from surgery.delta.layer import Layer
+from surgery.delta.lossy.common import Codec, Meter
+from surgery.delta.lossy.source import Source
 from surgery.delta.manifest import Tensor
-from surgery.delta.rebuild import added
+from surgery.delta.rebuild import added, bound_of
 from surgery.delta.reference import Array, leaf_range, reference
+from surgery.delta.spool import gathered
 from surgery.engine import convert
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.reader import Reader
 from surgery.errors import Refused
 from surgery.graph.expr import Expr
+
+See = Callable[[str, DType, int, Array], None]  # (tensor, type, first element, bytes): what a tensor is rebuilt to
 
 
 class Readers:
@@ -54,13 +60,22 @@ class Chunk:
 
 @dataclass
 class LossyTensor:
-    """leaves: of the reconstruction; base: of the base; exact: what makes the target of the reconstruction, if asked for."""
+    """leaves: of the reconstruction; base: of the base. residual: what makes the target of the reconstruction, if asked for."""
 
     coded: Coded
     leaves: list[str]
     base: list[str]
     error: dict[str, float | None] = field(default_factory=dict)
-    exact: list[Chunk] | None = None
+    residual: Residual | None = None
+
+
+@dataclass
+class Residual:
+    """layer, payload: of all chunks; leaves: of the target."""
+
+    layer: dict[str, Any]
+    payload: Any
+    leaves: list[str]
 
 
 @dataclass(frozen=True)
@@ -94,19 +109,56 @@ def hash_chunk(expr: Expr, readers: Readers, start: int, stop: int) -> str:
     return fingerprint.digest(readers.raw(expr, start, stop))
 
 
-def delta_of(pairing: Pairing, readers: Readers) -> tuple[Array, list[str]]:
-    """(target minus reference in float32, in the tensor's shape; hashes of the base's chunks)."""
-    dtype = pairing.target.dtype
-    delta, leaves = np.empty(pairing.target.shape, np.float32), []
-    flat = delta.reshape(-1)
+_HELD = 1 << 22  # elements of a delta that is made once and kept
+
+
+class Delta:
+    """Target minus reference in float32, chunk by chunk; small ones are kept, large ones made again at every look."""
+
+    def __init__(self, pairing: Pairing, readers: Readers) -> None:
+        self._pairing, self._readers = pairing, readers
+        self._step, self._total = fingerprint.step_of(pairing.target.shape), pairing.target.numel
+        self._kept: dict[int, Array] = {}
+        self._most = max(2, _HELD // self._step) if self._total <= _HELD else 2
+        self._leaves: dict[int, str] = {}
+
+    @property
+    def leaves(self) -> list[str]:
+        """Hashes of the base's chunks."""
+        for a in range(0, self._total, self._step):
+            if a not in self._leaves:
+                self._chunk(a)
+        return [self._leaves[a] for a in sorted(self._leaves)]
+
+    def read(self, start: int, stop: int) -> Array:
+        """Flat elements."""
+        firsts = range(start // self._step * self._step, stop, self._step)
+        found = [self._chunk(a)[max(start - a, 0) : stop - a] for a in firsts]
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, np.float32)
+
+    def _chunk(self, a: int) -> Array:
+        if a not in self._kept:
+            raw, ref, leaf = self._pairing.bits(self._readers, a, min(a + self._step, self._total))
+            assert ref is not None and leaf is not None
+            self._leaves[a] = leaf
+            dtype = self._pairing.target.dtype
+            with np.errstate(over="ignore", invalid="ignore"):
+                made = convert.typed(raw, dtype).astype(np.float32)
+                made -= convert.typed(ref, dtype).astype(np.float32)
+            while len(self._kept) >= self._most:
+                del self._kept[next(iter(self._kept))]
+            self._kept[a] = made
+        return self._kept[a]
+
+
+def delta_of(pairing: Pairing, readers: Readers) -> Array:
+    """Target minus reference in float32, in the tensor's shape."""
+    delta = Delta(pairing, readers)
+    made = np.empty(pairing.target.shape, np.float32)
+    flat = made.reshape(-1)
     for a, b in fingerprint.chunks(pairing.target.shape):
-        raw, ref, leaf = pairing.bits(readers, a, b)
-        assert ref is not None and leaf is not None
-        leaves.append(leaf)
-        with np.errstate(over="ignore", invalid="ignore"):
-            tuned, old = (convert.typed(x, dtype).astype(np.float32) for x in (raw, ref))
-            np.subtract(tuned, old, out=flat[a:b])
-    return delta, leaves
+        flat[a:b] = delta.read(a, b)
+    return made
 
 
 def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
@@ -121,63 +173,86 @@ def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
 
 
 def code_lossy(
-    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], residual: Exact | None = None
+    pairing: Pairing,
+    readers: Readers,
+    codec: Lossy,
+    options: Mapping[str, Any],
+    see: See | None = None,
+    residual: bool = False,
 ) -> LossyTensor:
     """A whole tensor, coded; its error measured on what a reader will get, final rounding included.
 
     An asked `max_error` holds for that too: where rounding spoils it the tensor is coded again at half of it, which suffices.
-    residual: how what is left is coded, for packages that end exact.
+    residual: also code what is left, for packages that end exact.
     """
-    made = _coded(pairing, readers, codec, options)
+    made = _coded(pairing, readers, codec, options, see)
     asked = options.get("max_error")
     if asked is not None and made.error["max_abs"] > asked:
-        made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2})
+        made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2}, see)
     if asked is not None and made.error["max_abs"] <= asked and "bound" in made.error:
         made.error["bound"] = min(made.error["bound"], asked)
-    if residual is not None:
-        made.exact = _residual(pairing, readers, codec, made, residual)
+    if residual:
+        made.residual = _residual(pairing, readers, codec, made.coded)
     return made
 
 
-def _residual(pairing: Pairing, readers: Readers, codec: Lossy, made: LossyTensor, exact: Exact) -> list[Chunk]:
+def _residual(pairing: Pairing, readers: Readers, codec: Lossy, coded: Coded) -> Residual:
     """The target's chunks against what the first layer makes of them."""
     target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
-    chunks = []
-    for a, b in fingerprint.chunks(shape):
-        _, ref, leaf = pairing.bits(readers, a, b)
-        assert ref is not None
-        first = added(ref, codec.decode(made.coded, shape, target.name, a, b), dtype)
-        raw = readers.raw(pairing.made, a, b)
-        payload, least = exact.measured(raw, first, dtype, fingerprint.row_of(shape))
-        chunks.append(Chunk(payload, fingerprint.digest(raw), leaf, False, least))
-    return chunks
+    layer, leaves = Layer(), []
+
+    def payloads() -> Iterator[bytes]:
+        for a, b in fingerprint.chunks(shape):
+            raw, ref, _ = pairing.bits(readers, a, b)
+            assert ref is not None
+            raw, delta = raw.copy(), codec.decode(coded, shape, target.name, a, b)
+            hint = Hint(ref, np.ascontiguousarray(delta, np.float32), bound_of(coded.facts))
+            payload, least = RESIDUAL.residual(raw, added(ref, delta, dtype), hint, dtype, fingerprint.row_of(shape))
+            layer.add(payload, least)
+            leaves.append(fingerprint.digest(raw))
+            yield payload
+
+    payload = gathered(payloads())
+    return Residual(layer.said(RESIDUAL.name), payload, leaves)
 
 
-def _coded(pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any]) -> LossyTensor:
+def _coded(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], see: See | None
+) -> LossyTensor:
     target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
-    ranges = fingerprint.chunks(shape)
-    delta, base_leaves = delta_of(pairing, readers)
-    flat = delta.reshape(-1)
+    delta = Delta(pairing, readers)
+    ours = isinstance(codec, Codec)
+    given = {"measure": False} if ours else {}
+    source = Source(shape, delta.read) if ours else delta_of(pairing, readers)
     try:
-        coded = codec.encode(delta, key=target.name, **options)
+        coded = codec.encode(source, key=target.name, **given, **options)  # type: ignore[arg-type]
     except Refused as problem:
         raise Refused(f"`{target.name}`: {problem.message}", hint=problem.hint) from None
-    made = LossyTensor(coded, [], base_leaves)
+    made, meter = LossyTensor(coded, [], delta.leaves), Meter()
     dd = dr = ee = largest = top = 0.0
-    for a, b in ranges:
+    for a, b in fingerprint.chunks(shape):
         _, ref, _ = pairing.bits(readers, a, b)
         assert ref is not None
-        result = added(ref, codec.decode(coded, shape, target.name, a, b), dtype)
+        change, decoded = delta.read(a, b), codec.decode(coded, shape, target.name, a, b)
+        meter.add(change, decoded)
+        result = added(ref, decoded, dtype)
         made.leaves.append(fingerprint.digest(result))
-        r = convert.typed(result, dtype).astype(np.float64) - convert.typed(ref, dtype).astype(np.float64)
-        d = flat[a:b].astype(np.float64)
+        if see is not None:
+            see(target.name, dtype, a, result)
+        r = convert.typed(result, dtype).astype(np.float64)
+        top = max(top, float(np.abs(r).max(initial=0.0)))
+        r -= convert.typed(ref, dtype).astype(np.float64)
+        d = change.astype(np.float64)
         dd += float(np.einsum("i,i->", d, d))
         dr += float(np.einsum("i,i->", d, r))
         r -= d
         ee += float(np.einsum("i,i->", r, r))
         largest = max(largest, float(np.abs(r).max(initial=0.0)))
-        top = max(top, float(np.abs(convert.typed(result, dtype).astype(np.float64)).max(initial=0.0)))
+    if isinstance(codec, Codec) and "error" not in coded.facts:
+        made.coded = coded = codec.stated(coded, meter, target.numel)
+    output = (coded.facts.get("error") or {}).get("output")
     made.error = {
+        **({} if output is None else {"output": output}),
         "max_abs": largest,
         "rel_fro": sqrt(ee / dd) if dd else (0.0 if ee == 0.0 else None),
         "gain": dr / dd if dd else (1.0 if ee == 0.0 else None),

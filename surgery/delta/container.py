@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from surgery.checkpoint.header import MAX_HEADER, Header, parse_header, read_header
 from surgery.checkpoint.stored import Stored
@@ -17,6 +19,7 @@ from surgery.delta.fingerprint import digest
 from surgery.delta.manifest import Manifest, bad, read_manifest
 from surgery.delta.schema import SPECS
 from surgery.delta.shards import INDEX, MANIFEST, MOST, SUFFIX, header_of, shard_name
+from surgery.delta.spool import HELD, Spool, pieces
 from surgery.errors import Refused, did_you_mean
 
 _RATIO = 64  # a manifest is mostly hashes: no honest one shrinks so much
@@ -78,7 +81,7 @@ class Package:
                 raise bad(self.files[number - 1], "its header is not the one that belongs to its manifest")
         if said is not None and shards.index(data, packed, stated, stem) != said:
             raise bad(str(index), "is not the index that belongs to its shards")
-        self._kept: dict[tuple[str, ...], Mapping[str, bytes]] = {}
+        self._kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
         self._lock = threading.Lock()
 
     def __del__(self) -> None:
@@ -169,16 +172,27 @@ class Package:
             made += more
         return made
 
-    def payload(self, names: tuple[str, ...]) -> Mapping[str, bytes]:
-        """Parts of a delta that is coded whole, by the last component of their names, checked. The last few are kept."""
+    def payload(self, names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Parts of a delta that is coded whole, by the last component of their names, checked. The last few are kept.
+
+        Large ones stay on disk.
+        """
         with self._lock:
             if names in self._kept:
                 return self._kept[names]
-        made = {}
+        made: dict[str, Any] = {}
         for name in names:
-            data = made[name.rpartition("/")[2]] = self.read(name)
-            if digest(data) != self._hashes[name]:
+            number, stored = self._stored[name]
+            large, hashed = stored.nbytes > HELD, hashlib.sha256()
+            data = Spool(self._fds[number], stored.offset, stored.nbytes) if large else self.read(name)
+            try:
+                for piece in pieces(data):
+                    hashed.update(piece)
+            except ValueError:
+                raise bad(self.path, f"ends inside `{name}`") from None
+            if hashed.hexdigest() != self._hashes[name]:
                 raise bad(self.path, f"`{name}` is damaged")
+            made[name.rpartition("/")[2]] = data
         with self._lock:
             self._kept[names] = made
             while len(self._kept) > _KEPT:

@@ -280,9 +280,10 @@ def _check_entry(name: str, e: Entry, made: Manifest, where: str) -> None:
 
 
 def _check_chunks(name: str, layer: Mapping[str, Any], e: Entry, where: str) -> None:
-    from surgery.delta.codecs.exact import EXACT
+    from surgery.delta.codecs.exact import EXACT, RESIDUAL
 
-    if layer["codec"] not in ([MASKED] if "shared" in layer else EXACT):
+    known = [MASKED] if "shared" in layer else [RESIDUAL.name] if layer is e.residual else EXACT.keys() - {RESIDUAL.name}
+    if layer["codec"] not in known:
         raise Refused(
             f"{where}: `{name}` is coded with `{layer['codec']}`, which is not known here", hint="use a newer version"
         )

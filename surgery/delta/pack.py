@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from surgery.checkpoint.dtypes import DType
 from surgery.checkpoint.layout import parse_size
 from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
 from surgery.delta.codecs.base import Lossy
 from surgery.delta.codecs.exact import ULP, Exact
 from surgery.delta.coding import Chunk, LossyTensor, Pairing, Readers, code_chunk, code_lossy
-from surgery.delta.entries import BaseHashes, Layer, hashes, said_of, unknown
+from surgery.delta.entries import BaseHashes, hashes, said_of, unknown
+from surgery.delta.layer import Layer
 from surgery.delta.lookahead import Call, ahead
 from surgery.delta.manifest import Tensor
 from surgery.delta.match import dropped, match
@@ -34,11 +36,21 @@ from surgery.graph.node import Node
 from surgery.version import __version__
 
 MEMORY = 10**9  # bytes that tensors which are coded with losses at the same time may take together
-_PER_ELEMENT, _PER_FACTORED = 32, 96  # bytes that coding one element of them takes; with singular vectors
+_PER_ELEMENT = 32  # bytes that coding one element of them takes, where a codec does not say
 
 Choice = tuple[Lossy, Mapping[str, Any]]
 Choose = Callable[[Tensor], Choice | None]
 Progress = Callable[[int], None]
+
+
+class Judge(Protocol):
+    """Looks at a lossy package while it is made."""
+
+    def see(self, name: str, dtype: DType, start: int, raw: Any) -> None:
+        """Elements of a rebuilt tensor from `start` on, as bytes; from any thread."""
+
+    def conclude(self) -> dict[str, Any]:
+        """The manifest's `evaluation` and `calibration`, as far as there are any, once everything has been seen."""
 
 
 @dataclass
@@ -69,6 +81,7 @@ def pack(
     threads: int | None = None,
     memory: str | int | None = None,
     shard_size: str | int | None = None,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Write the package that makes `model` of `base` to file `out`.
@@ -77,12 +90,14 @@ def pack(
     without it the package is exact. progressive: what was chosen is a first layer, and an exact residual comes after it.
     memory: bytes, or text like "1GB", that tensors which are coded with losses at the same time may take together; a larger
     one is coded alone. shard_size: bytes of a file at the most; the package is then an index with shards, if it needs several.
+    judge: sees what lossy tensors are rebuilt to; what it concludes goes into the manifest.
     Raises Refused (nothing is left behind) or Failed.
     """
     began = time.perf_counter()
     if progressive and choose is None:
         raise Refused("a progressive package needs a first layer", hint="give --bits, --max-error or --codec")
-    job = _Job(base, model, codec, choose, progressive, workers(threads), room(memory), progress or (lambda n: None))
+    limit = None if memory is None else parse_size(memory)
+    job = _Job(base, model, codec, choose, progressive, workers(threads), limit, judge, progress or (lambda n: None))
     refuse_place(Path(out), [base, model], job.files)
     names = job.target.part_names(job.expected())
     writer = PackageWriter(Path(out), names, overwrite=overwrite, shard=None if shard_size is None else parse_size(shard_size))
@@ -101,10 +116,6 @@ def workers(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise Refused(f"--threads must be at least 1, got {threads}")
     return threads or len(os.sched_getaffinity(0))
-
-
-def room(memory: str | int | None) -> int:
-    return MEMORY if memory is None else parse_size(memory)
 
 
 def count_kinds(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -131,14 +142,16 @@ class _Job:
         choose: Choose | None,
         progressive: bool,
         threads: int,
-        memory: int,
+        memory: int | None,
+        judge: Judge | None,
         progress: Progress,
     ) -> None:
         weights_only(base, "base")
         weights_only(model, "model")
         reuse_freed_memory()
-        self._codec, self._choose, self._residual = codec, choose, codec if progressive else None
-        self._base, self._threads, self._memory, self._progress = base, threads, memory, progress
+        self._codec, self._choose, self._residual = codec, choose, progressive
+        self._base, self._threads, self._judge, self._progress = base, threads, judge, progress
+        self._memory, self._most = (MEMORY, available()) if memory is None else (memory, memory)
         self.stored, self.target = stored_tensors(base), Target(model)
         self.base = unknown(self.stored)
         fast.load(self.target.nbytes)
@@ -156,7 +169,7 @@ class _Job:
     def expected(self) -> dict[str, list[str]]:
         """Parts of lossy tensors to leave room for in the header. What they are called is known later; room is made then if
         need be."""
-        some = ["payload"] * 4 + (["residual"] if self._residual is not None else [])
+        some = ["payload"] * 4 + (["residual"] if self._residual else [])
         return {} if self._choose is None else {
             name: some for name, tensor in self.target.tensors.items() if self._choose(tensor) is not None
         }  # fmt: skip
@@ -174,7 +187,7 @@ class _Job:
     def _run(self, writer: PackageWriter, pool: ThreadPoolExecutor) -> dict[str, Any]:
         pairs = match(self.target.tensors, self.base)
         pairs |= self._hashes.renamed(pool, self.target.tensors, self.target.made, pairs)
-        plan = (self._planned(name, pairs.get(name)) for name in self.target.order)
+        plan = [self._planned(name, pairs.get(name)) for name in self.target.order]  # refuses before anything is coded
         tensors: dict[str, Any] = {}
         first: dict[str, str] = {}  # content -> the tensor that holds it
         for (pairing, choice), results in ahead(pool, plan, calls=2 * self._threads, memory=self._memory):
@@ -189,6 +202,7 @@ class _Job:
             self.warnings.append("hardly anything is saved by this base: is it the one that the model was made from?")
         self.target.write_headers(writer)
         progressive = any("residual" in e for e in tensors.values())
+        judged = {} if self._judge is None else self._judge.conclude()
         return {
             "spec": 2 if progressive else 1,
             "producer": f"weight-surgery {__version__}",
@@ -196,6 +210,7 @@ class _Job:
             "base": base,
             "target": self.target.said(tensors),
             "tensors": tensors,
+            **judged,
             "dropped": dropped(self.base, used_names(tensors)),
             "files": self.target.write_files(writer, self._base),
         }
@@ -209,10 +224,9 @@ class _Job:
         choice = self._choice(pairing)
         if choice is None:
             return (pairing, None), exact_calls(pairing, self._readers, self._codec)
-        factored = getattr(choice[0], "matrix", False) or choice[0].name.startswith("hybrid/")
-        each = _PER_FACTORED if factored else _PER_ELEMENT
-        work = (pairing, self._readers, choice[0], choice[1], self._residual)
-        return (pairing, choice), [(each * target.numel, code_lossy, work)]
+        see = None if self._judge is None else self._judge.see
+        work = (pairing, self._readers, *choice, see, self._residual)
+        return (pairing, choice), [(room(choice, target, self._most), code_lossy, work)]
 
     def _choice(self, pairing: Pairing) -> Choice | None:
         if self._choose is None or pairing.base is None or pairing.base.shape != pairing.target.shape:
@@ -220,9 +234,9 @@ class _Job:
         return self._choose(pairing.target) if pairing.target.dtype.is_float and pairing.target.numel else None
 
     def _write_lossy(self, writer: PackageWriter, pairing: Pairing, choice: Choice, made: LossyTensor) -> dict[str, Any]:
-        target, exact = pairing.target, made.exact
+        target, residual = pairing.target, made.residual
         assert pairing.base is not None
-        said = said_of(target, made.leaves if exact is None else [c.target for c in exact])
+        said = said_of(target, made.leaves if residual is None else residual.leaves)
         said["base"] = self._hashes.reference(pairing.base, target, made.base)
         self._progress(2 * target.nbytes)
         preview = hashes(target, made.leaves)
@@ -230,7 +244,7 @@ class _Job:
             said["same"] = True
             return said
         for short, payload in made.coded.parts.items():
-            writer.add(f"tensor/{target.name}/{short}", bytes(payload))
+            writer.add(f"tensor/{target.name}/{short}", payload)
         said["layer"] = {
             "codec": choice[0].name,
             "key": target.name,
@@ -238,17 +252,39 @@ class _Job:
             "facts": dict(made.coded.facts),
             "error": made.error,
         }
-        if exact is not None:
-            layer = Layer()
-            for chunk in exact:
-                layer.add(chunk.payload, chunk.least)
-            writer.later(f"tensor/{target.name}/residual", (chunk.payload for chunk in exact))
-            said |= {"preview": preview, "residual": layer.said(self._codec.name)}
+        if residual is not None:
+            writer.later(f"tensor/{target.name}/residual", residual.payload)
+            said |= {"preview": preview, "residual": residual.layer}
         return said
 
     def _looks_unrelated(self, tensors: Mapping[str, Any]) -> bool:
         held = sum(sum(e["layer"].get("lengths", ())) for e in tensors.values() if "layer" in e)
         return held > 0.6 * self.target.nbytes
+
+
+def room(choice: Choice, target: Tensor, most: int) -> int:
+    """Bytes that coding a tensor takes. Raises Refused where a codec that holds whole matrices needs more than `most`."""
+    stated = getattr(choice[0], "room", None)
+    if stated is None:
+        return _PER_ELEMENT * target.numel
+    need: int = stated(target.shape, **choice[1])
+    if need > most and not getattr(choice[0], "streams", False):
+        shape = " × ".join(map(str, target.shape))
+        raise Refused(
+            f"`{target.name}` ({shape}): {choice[0].name} holds whole matrices and needs about {need / 1e9:.3g} GB; "
+            f"{most / 1e9:.3g} GB may be taken",
+            hint="give more --memory, leave this tensor out with --only, or take a codec that streams, such as dither",
+        )
+    return need
+
+
+def available() -> int:
+    """Bytes of memory that can be taken without swapping, where the system says; else no limit."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 1 << 62
 
 
 # -- what is carried exactly ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from surgery.checkpoint.source import FileState, Source
 from surgery.checkpoint.stored import Stored
 from surgery.delta import fingerprint
-from surgery.delta.codecs.exact import ALONE, EXACT
+from surgery.delta.codecs.exact import ALONE, EXACT, Hint
 from surgery.delta.container import Package
 from surgery.delta.decode import chunk_payload, decoded
 from surgery.delta.manifest import Entry, Tensor, bad
@@ -83,10 +83,13 @@ class Rebuilt(Derived):
         if len(raw) and not implied:
             check_leaf(base, start, raw, self.base_name)
         try:
-            ref = reference(base, entry.target, raw, stop - start)
+            ref, hint = reference(base, entry.target, raw, stop - start), None
             if entry.lossy:
-                ref = added(ref, decoded(self.package, entry, start, stop), self.dtype)
-            made = ref.copy() if payload is None else self._exact(payload, ref, stop - start)
+                delta = np.ascontiguousarray(decoded(self.package, entry, start, stop), np.float32)
+                if entry.residual is not None:
+                    hint = Hint(ref, delta, bound_of((entry.layer or {})["facts"]))
+                ref = added(ref, delta, self.dtype)
+            made = ref.copy() if payload is None else self._exact(payload, ref, stop - start, hint)
             self._check(start, made)
         except Refused:
             if implied:  # whose fault is it?
@@ -102,11 +105,11 @@ class Rebuilt(Derived):
             return False
         return not payload or payload[0] != ALONE
 
-    def _exact(self, payload: bytes, ref: Array | None, count: int) -> Array:
+    def _exact(self, payload: bytes, ref: Array | None, count: int, hint: Hint | None = None) -> Array:
         layer, target = self.entry.residual or self.entry.layer, self.entry.target
         assert layer is not None
         try:
-            made = EXACT[layer["codec"]].decode(payload, ref, self.dtype, count)
+            made = EXACT[layer["codec"]].decode(payload, ref, self.dtype, count, hint)
         except Refused as problem:
             raise bad(self.package.path, f"`{target.name}`: {problem.message}") from None
         return made.copy() if made is ref else made
@@ -127,6 +130,13 @@ def added(base: Array, delta: Array, dtype: Any) -> Array:
     made = np.empty(len(total) * dtype.size, np.uint8)
     convert.encode(total, dtype, made)
     return made
+
+
+def bound_of(facts: Mapping[str, Any]) -> float:
+    """The bound of a lossy layer's error before rounding, as its facts state it; 0 if they do not."""
+    error = facts.get("error")
+    bound = error.get("bound") if isinstance(error, Mapping) else None
+    return float(bound) if isinstance(bound, int | float) and 0 < bound < 1e30 else 0.0
 
 
 class PackageNode(Node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**62}
 _SHAPE = {"type": "array", "maxItems": 64, "items": _COUNT}
 _NAME = {"type": "string"}
 _LEAVES = {"type": "string", "pattern": "^([0-9a-f]{64}){2,}$"}  # one after another
-_PART = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
+PART = re.compile("^[A-Za-z0-9_.-]{1,64}$")
+_PART = {"type": "string", "pattern": PART.pattern}
 
 
 def _object(required: list[str], properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,8 +39,23 @@ _ERROR = _object(
         "rel_fro": {"type": ["number", "null"], "minimum": 0},
         "gain": {"type": ["number", "null"]},
         "bound": {"type": ["number", "null"], "minimum": 0},
+        "output": {"type": ["number", "null"], "minimum": 0},
     },
 )
+_TEXTS = {"file": _NAME, "sha256": _HASH, "texts": _COUNT, "tokens": _COUNT}
+_MEASURE = {"type": ["number", "null"], "minimum": 0}
+_EVALUATION = _object(
+    [*_TEXTS, "held_out", "outputs", "error", "kl", "agree"],
+    {
+        **_TEXTS,
+        "held_out": {"type": "boolean"},
+        "outputs": {"enum": ["logits", "hidden states"]},
+        "error": _MEASURE,
+        "kl": _MEASURE,
+        "agree": {**_MEASURE, "maximum": 1},
+    },
+)
+_CALIBRATION = _object([*_TEXTS, "fitted"], {**_TEXTS, "fitted": {"type": "object", "additionalProperties": _COUNT}})
 _DELTA = {
     "codec": {"type": "string"},
     "key": _NAME,
@@ -110,6 +127,8 @@ SCHEMA: dict[str, Any] = {
                 },
             ),
             **_TARGET,
+            "evaluation": _EVALUATION,
+            "calibration": _CALIBRATION,
             "method": {"type": "string"},
             "shared": {"type": "object", "additionalProperties": _SHARED},
             "tasks": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,9 @@ from typing import IO, Any
 from surgery.checkpoint.header import MAX_HEADER
 from surgery.delta import shards
 from surgery.delta.codecs.stream import pack_text
-from surgery.delta.fingerprint import digest
 from surgery.delta.manifest import read_manifest
 from surgery.delta.shards import MOST, SUFFIX, header_of, reserved, shard_name
+from surgery.delta.spool import pieces
 from surgery.errors import Failed, Refused
 
 _COPY = 1 << 20
@@ -109,22 +110,23 @@ class PackageWriter:
             self._file.file.truncate()
         self._length = 0
 
-    def add(self, name: str, data: bytes) -> None:
-        """A whole part, which may be empty."""
-        self.write(data)
-        self._close((name, len(data), digest(data)))
+    def add(self, name: str, data: Any) -> None:
+        """A whole part, which may be empty: bytes, or a `Spool`."""
+        hashed = hashlib.sha256()
+        for piece in pieces(data):
+            self.write(piece)
+            hashed.update(piece)
+        self._close((name, len(data), hashed.hexdigest()))
 
-    def later(self, name: str, chunks: Iterable[bytes]) -> None:
+    def later(self, name: str, data: Any) -> None:
         """A part, whose chunks have checks, that is to come after all others; nothing at all makes none."""
         if self._spool is None:
             self._spool = self._made(self._path.with_name(self._path.name + ".later.partial"), 0)
-        length = 0
         with self._full(self._spool):
-            for data in chunks:
-                self._spool.file.write(data)
-                length += len(data)
-        if length:
-            self._spool.parts.append((name, length))
+            for piece in pieces(data):
+                self._spool.file.write(piece)
+        if len(data):
+            self._spool.parts.append((name, len(data)))
 
     def _close(self, part: Part) -> None:
         """The part is whole. It begins another shard where it does not fit into this one."""

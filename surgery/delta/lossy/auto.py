@@ -60,6 +60,7 @@ def allocate(
     max_error: float | None = None,
     weights: Mapping[str, float] | None = None,
     grams: Mapping[str, Array] | None = None,
+    codec: str = "dither/1",
     seed: int = 0,
 ) -> Allocation:
     """A codec and options for every tensor, within one budget.
@@ -67,7 +68,8 @@ def allocate(
     tensors: name -> float32 delta in its full shape, or a function that makes it (called once, one tensor in memory at a time).
     size: bytes for all of them together; bits: the same per element; max_error: largest absolute error of any element, at the
     least size. weights: name -> factor on a tensor's squared error (default 1). grams: name -> X^T X / samples of a matrix's
-    inputs: the factor is then its mean diagonal, which makes the sum the expected squared error of the outputs.
+    inputs: the factor is then its mean diagonal, which makes the sum the expected squared error of the outputs. codec: what
+    matrices get: `dither/1`, or `round/1` for calibrated packages, whose rates are alike.
     Raises Refused for a budget that is too small, or for none or several.
     """
     if sum(v is not None for v in (size, bits, max_error)) != 1:
@@ -116,7 +118,10 @@ def allocate(
     for name, hull in hulls.items():
         nbytes, error = hull[at[name]]
         nbytes += partial.get(name, 0.0)
-        chosen[name] = Choice("dither/1", {"bits": float(8.0 * nbytes / counts[name]), "seed": seed}, nbytes + _OVERHEAD, error)
+        options: dict[str, Any] = {"bits": float(8.0 * nbytes / counts[name])}
+        if codec == "dither/1":
+            options["seed"] = seed
+        chosen[name] = Choice(codec, options, nbytes + _OVERHEAD, error)
     return Allocation({name: chosen[name] for name in tensors})
 
 

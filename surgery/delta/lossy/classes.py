@@ -7,6 +7,7 @@ logarithm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,18 +72,26 @@ def plain(shape: tuple[int, ...]) -> Classes:
     return Classes(np.zeros(rows, np.int8), np.zeros(length, np.int8), 1)
 
 
-def measured(x: Array, *, columns: bool) -> Classes:
-    """From the root mean squares of rows, and of columns if asked. x: (rows, length) float32."""
-    rows_rms, columns_rms = np.zeros(x.shape[0]), np.zeros(x.shape[1])
-    step = max(1, (1 << 18) // max(1, x.shape[1]))
-    for a in range(0, x.shape[0], step):
-        square = np.square(x[a : a + step], dtype=np.float64)
-        rows_rms[a : a + step] = square.mean(axis=1)
-        columns_rms += square.sum(axis=0)
+def powers(read: Callable[[int, int], Array], shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean square of every row, sum of squares of every column) of flat elements that `read` gives: float64."""
+    rows, length = rows_of(shape)
+    of_rows, of_columns = np.zeros(rows), np.zeros(length)
+    step = max(1, (1 << 18) // max(1, length))
+    for a in range(0, rows, step):
+        b = min(a + step, rows)
+        square = np.square(read(a * length, b * length).reshape(b - a, length), dtype=np.float64)
+        of_rows[a:b] = square.mean(axis=1)
+        of_columns += square.sum(axis=0)
+    return of_rows, of_columns
+
+
+def measured(of: tuple[Array, Array], *, columns: bool) -> Classes:
+    """From the root mean squares of rows, and of columns if asked. of: `powers`."""
+    rows_rms, columns_rms = of
     zero = rows_rms == 0.0
     of_rows = _half_octaves(np.sqrt(rows_rms))
     alive = max(1, int(np.count_nonzero(~zero)))
-    of_columns = _half_octaves(np.sqrt(columns_rms / alive)) if columns else np.zeros(x.shape[1], int)
+    of_columns = _half_octaves(np.sqrt(columns_rms / alive)) if columns else np.zeros(len(columns_rms), int)
     live = of_rows[~zero]
     low = (int(np.quantile(live, 0.02)) if live.size else 0) + int(np.quantile(of_columns, 0.02))
     high = (int(np.quantile(live, 0.98)) if live.size else 0) + int(np.quantile(of_columns, 0.98))

@@ -6,19 +6,24 @@ import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from surgery.delta.codecs.base import Coded, check_options
+from surgery.delta.lossy.source import Source
 from surgery.errors import Refused
+
+if TYPE_CHECKING:
+    from surgery.delta.lossy.inputs import Inputs
 
 Array = NDArray[Any]
 Parts = tuple[dict[str, bytes], dict[str, Any]]
 
 CHUNK = 1 << 19  # elements that are decoded at once: part of the format
+_PER_ELEMENT = 32  # bytes that elementwise coding takes of what it holds
 _DAMAGE = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError, struct.error, zstandard.ZstdError)
 
 
@@ -81,26 +86,57 @@ class Codec:
     name = ""
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     matrix = False  # refuses vectors
+    calibrated = False  # `pack` takes `inputs`
+    streams = False  # `pack` takes a `Source` and never holds the whole delta; else an array
 
-    def encode(self, delta: Array, *, key: str, **options: Any) -> Coded:
+    def encode(
+        self, delta: Array | Source, *, key: str, inputs: Inputs | None = None, measure: bool = True, **options: Any
+    ) -> Coded:
+        """inputs: what is known of the layer's inputs; without it, and for codecs that have no use for it, data-free.
+
+        measure: fill in `bits` and `error`; who decodes everything anyway does it there (`Metered`).
+        """
         x = self._checked(delta, key)
         chosen = check_options(self, options)
         if x.size == 0:
             return Coded({}, {"bits": 0.0, "error": {**Meter().facts(), "bound": 0.0}})
         if self.matrix and x.ndim < 2:
             raise self.refuse(key, f"has shape {list(x.shape)}; this codec codes matrices", hint="use dither for vectors")
-        parts, facts = self.pack(x, key, **chosen)
-        return self.measured(x, Coded(parts, facts), key)
+        blind = inputs is None or not self.calibrated
+        given = x if self.streams and blind else x.array()
+        if inputs is None or not self.calibrated:
+            coded = Coded(*self.pack(given, key, **chosen))
+            return self.measured(x, coded, key) if measure else coded
+        if x.ndim != 2 or x.shape[inputs.axis] != inputs.size:
+            raise self.refuse(key, f"has shape {list(x.shape)}; its inputs have {inputs.size} features on axis {inputs.axis}")
+        coded = self.measured(x, Coded(*self.pack(given, key, inputs=inputs, **chosen)), key)
+        made = self.decode(coded, x.shape, key, 0, x.size).reshape(x.shape)
+        coded.facts["error"]["output"] = inputs.relative(x.array(), made)
+        return coded
 
-    def measured(self, x: Array, coded: Coded, key: str) -> Coded:
-        """The same with `bits` and `error` filled in. x: the delta, contiguous."""
-        meter, flat = Meter(), x.reshape(-1)
+    def measured(self, delta: Array | Source, coded: Coded, key: str) -> Coded:
+        """The same with `bits` and `error` filled in."""
+        x, meter = as_source(delta), Meter()
         for a, b in chunks(x.shape):
-            meter.add(flat[a:b], self.decode(coded, x.shape, key, a, b))
+            meter.add(x.read(a, b), self.decode(coded, x.shape, key, a, b))
+        return self.stated(coded, meter, x.size)
+
+    def stated(self, coded: Coded, meter: Meter, size: int) -> Coded:
+        """The same with `bits` and `error` filled in from a meter that saw all chunks in order."""
         facts = dict(coded.facts)
         bound = facts.pop("bound", None)
         error = {**meter.facts(), **({} if bound is None else {"bound": float(bound)})}
-        return Coded(coded.parts, {**facts, "bits": 8.0 * coded.nbytes / x.size, "error": error})
+        return Coded(coded.parts, {**facts, "bits": 8.0 * coded.nbytes / size, "error": error})
+
+    def room(self, shape: tuple[int, ...], **options: Any) -> int:
+        """Bytes that coding a tensor of this shape takes, about."""
+        size = prod(shape)
+        if self.streams:
+            return _PER_ELEMENT * min(size, 1 << 22) + min(size, 1 << 26)
+        if not self.matrix:
+            return _PER_ELEMENT * size
+        rows, columns = rows_of(shape)
+        return 40 * size + 32 * min(rows, columns) ** 2  # float64 copies, both factors, a square matrix and its vectors
 
     def decode(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> NDArray[np.float32]:
         shape = tuple(shape)
@@ -113,8 +149,8 @@ class Codec:
         except _DAMAGE as problem:
             raise self.refuse(key, f"is damaged ({type(problem).__name__}: {problem})", hint="fetch it again") from None
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
-        """Parts and facts of a delta: float32, contiguous, finite, not empty."""
+    def pack(self, x: Any, key: str, **options: Any) -> Parts:
+        """Parts and facts of a delta: float32, contiguous, finite, not empty. An array, or a `Source` for one that streams."""
         raise NotImplementedError
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
@@ -124,13 +160,23 @@ class Codec:
     def refuse(self, key: str, problem: str, *, hint: str | None = None) -> Refused:
         return Refused(f"codec {self.name}: `{key}` {problem}", hint=hint)
 
-    def _checked(self, delta: Array, key: str) -> Array:
-        x = np.asarray(delta)
-        with np.errstate(over="ignore"):
-            x = np.ascontiguousarray(x, dtype=np.float32).reshape(x.shape)
-        if x.size and not (np.isfinite(x.min()) and np.isfinite(x.max())):
-            raise self.refuse(key, "has values that are not finite", hint="pack it exactly: lossy codecs need finite deltas")
+    def _checked(self, delta: Array | Source, key: str) -> Source:
+        x = as_source(delta)
+        if x.size:
+            low, high = x.extremes
+            if not (np.isfinite(low) and np.isfinite(high)):
+                hint = "pack it exactly: lossy codecs need finite deltas"
+                raise self.refuse(key, "has values that are not finite", hint=hint)
         return x
+
+
+def as_source(delta: Array | Source) -> Source:
+    """An array in memory, float32 and contiguous, as a source."""
+    if isinstance(delta, Source):
+        return delta
+    x = np.asarray(delta)
+    with np.errstate(over="ignore"):
+        return Source.held(np.ascontiguousarray(x, dtype=np.float32).reshape(x.shape))
 
 
 def number(description: str, **more: Any) -> dict[str, Any]:
@@ -150,11 +196,17 @@ def one_of(codec: Codec, key: str, default: tuple[str, Any] | None = None, **giv
 
 def sliced(payload: Any, dtype: Any, count: int) -> Array:
     """A part as an array of exactly `count` elements. Raises ValueError if it has another size."""
-    raw = np.frombuffer(payload, np.uint8)
+    return sliced_part(payload, dtype, count, 0, count)
+
+
+def sliced_part(payload: Any, dtype: Any, count: int, start: int, stop: int) -> Array:
+    """Elements `start` to `stop` of a part that has exactly `count`. Raises ValueError if it has another size."""
     dtype = np.dtype(dtype)
-    if raw.size != count * dtype.itemsize:
-        raise ValueError(f"{raw.size} bytes where {count * dtype.itemsize} belong")
-    return raw.view(dtype) if raw.size else np.empty(0, dtype)
+    if len(payload) != count * dtype.itemsize:
+        raise ValueError(f"{len(payload)} bytes where {count * dtype.itemsize} belong")
+    if start >= stop:
+        return np.empty(0, dtype)
+    return np.frombuffer(payload[start * dtype.itemsize : stop * dtype.itemsize], np.uint8).view(dtype)
 
 
 def compress(raw: bytes) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import dither, integers
 from surgery.delta.lossy.common import Array, Codec, Parts, chunks, overlapping
+from surgery.delta.lossy.source import Source
 from surgery.ops.random import bernoulli
 
 _BUCKETS = 8
@@ -23,6 +24,7 @@ _BUCKETS = 8
 @lossy
 class Dare(Codec):
     name = "dare/1"
+    streams = True
     options = MappingProxyType(
         {
             "drop": {
@@ -43,20 +45,19 @@ class Dare(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Source, key: str, **options: Any) -> Parts:
         seed, keep = options["seed"], 1.0 - options["drop"]
-        flat = x.reshape(-1)
-        rms = float(np.sqrt(np.square(flat, dtype=np.float64).mean()))
+        rms = float(np.sqrt(sum(float(np.square(x.read(a, b), dtype=np.float64).sum()) for a, b in x.blocks()) / x.size))
         if rms == 0.0:
             return {}, {"keep": keep, "step": 0.0, "seed": seed, "chunks": []}
         step = rms / options["levels"]
-        if float(np.abs(flat).max()) / step > integers.LARGEST / 4:
+        if x.largest / step > integers.LARGEST / 4:
             raise self.refuse(key, "has outliers beyond what this many levels can code")
 
         def block(a: int, b: int) -> tuple[Array, Array]:
             mask = _mask(keep, seed, key, a, b)
             k = dither.noise(seed, key, a, b)[mask]
-            return dither.quantise(flat[a:b][mask], k, step), dither.contexts(k, np.zeros(len(k), np.uint8), _BUCKETS)
+            return dither.quantise(x.read(a, b)[mask], k, step), dither.contexts(k, np.zeros(len(k), np.uint8), _BUCKETS)
 
         packed = integers.pack([lambda r=r: block(*r) for r in chunks(x.shape)], _BUCKETS)  # type: ignore[misc]
         facts = {"keep": keep, "step": step, "seed": seed, "chunks": packed.lengths}

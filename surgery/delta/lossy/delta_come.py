@@ -8,11 +8,14 @@ The search: quantising a triple at b bits removes s_k^2 (1 - e_b) of the squared
 the steps of best gain per bit first is optimal where gains are concave, as they are here. The plan found and the fixed ones of
 the same cost (all triples at one precision; 8/3/2 and 8/4/3 in the original proportions) are tried and the best is kept, so a
 searched plan is never worse than a fixed one.
+
+With the Gram matrix of a layer's inputs, as published: vectors of the whitened delta; V is rounded with feedback under
+that matrix, then U is fitted and rounded with feedback under the Gram matrix of what V makes of the inputs. Plans are
+compared by the error of the layer's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,8 +25,9 @@ from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing
 from surgery.delta.lossy.common import Array, Codec, Parts, number, one_of, rows_of, sliced
 from surgery.delta.lossy.exact import Factors, cached
-from surgery.delta.lossy.group import best_scales, grouped, odd, quantise
-from surgery.delta.lossy.spectrum import Spectrum, spectrum
+from surgery.delta.lossy.group import best_scales, grouped, odd
+from surgery.delta.lossy.inputs import Inputs, feed_back
+from surgery.delta.lossy.spectrum import Spectrum, whitened
 
 BITS = (8, 4, 3, 2, 1)
 # squared error left of a triple whose two vectors are rounded to b bits (Gaussian coordinates, groups of 128)
@@ -38,6 +42,7 @@ Plan = list[tuple[int, int]]  # (bits, triples)
 class DeltaCoMe(Codec):
     name = "delta_come/1"
     matrix = True
+    calibrated = True
     options = MappingProxyType(
         {
             "bits": number("bits per element to spend at most; the plan is searched", exclusiveMinimum=0),
@@ -62,23 +67,24 @@ class DeltaCoMe(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         what, value = one_of(self, key, bits=options["bits"], plan=options["plan"])
         group, shape = options["group"], rows_of(x.shape)
-        found = spectrum(x.reshape(shape))
+        found = whitened(x.reshape(shape), inputs)
         wide = x.reshape(shape).astype(np.float64)
         if what == "plan":
-            return _rounded(found, wide, _cut([(int(b), int(n)) for b, n in value], found.values.size), group)
+            return _rounded(found, wide, _cut([(int(b), int(n)) for b, n in value], found.values.size), group, inputs)
         best: tuple[float, Parts] | None = None
         for plan in candidates(found.values, shape, float(value), group):
-            parts, facts = _rounded(found, wide, plan, group)
+            parts, facts = _rounded(found, wide, plan, group, inputs)
             if 8.0 * sum(map(len, parts.values())) > value * x.size:
                 continue
             made = _factors(Coded(parts, facts), x.shape).elements(0, x.size) if parts else np.zeros(x.size)
-            error = float(np.square(made - wide.reshape(-1)).sum())
+            rest = made.reshape(shape) - wide
+            error = float(np.square(rest).sum()) if inputs is None else inputs.harm(rest)
             if best is None or error < best[0]:
                 best = error, (parts, facts)
-        return best[1] if best else _rounded(found, wide, [], group)
+        return best[1] if best else _rounded(found, wide, [], group, inputs)
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         if not coded.facts["plan"]:
@@ -153,37 +159,68 @@ def _cut(plan: Plan, rank: int) -> Plan:
     return made
 
 
-def _rounded(found: Spectrum, wide: Array, plan: Plan, group: int) -> Parts:
+def _rounded(found: Spectrum, wide: Array, plan: Plan, group: int, inputs: Inputs | None) -> Parts:
     rank = sum(n for _, n in plan)
     if rank == 0:
         return {}, {"plan": [], "group": group, "exponent": 0}
     root = np.sqrt(found.values[:rank])
-    right = found.right[:, :rank] * root
-    right_parts, right_made, right_exponent = _side(right, plan, group)
-    solved, *_ = np.linalg.lstsq(right_made, wide.T, rcond=None)
-    left_parts, _, left_exponent = _side(solved.T, plan, group)
-    parts = {"left": left_parts[0], "left_scales": left_parts[1], "right": right_parts[0], "right_scales": right_parts[1]}
-    return parts, {"plan": [list(p) for p in plan], "group": group, "exponent": left_exponent + right_exponent}
+    left, right = found.left[:, :rank] * root, found.right[:, :rank] * root
+    if inputs is None:
+        near = _Side(right, plan, group)
+        solved, *_ = np.linalg.lstsq(near.made, wide.T, rcond=None)
+        far = _Side(solved.T, plan, group)
+    else:
+        near = _Side(right if inputs.axis == 1 else left, plan, group, along=inputs.upright())
+        both = inputs.damped @ near.made  # (inputs, rank)
+        gram = Inputs(near.made.T @ both, damp=1e-6)
+        far = _Side(np.linalg.solve(gram.damped, (inputs.turned(wide) @ both).T).T, plan, group, across=gram)
+    sides = (far, near) if inputs is None or inputs.axis == 1 else (near, far)
+    parts = {"left": sides[0].codes, "left_scales": sides[0].scales, "right": sides[1].codes, "right_scales": sides[1].scales}
+    return parts, {"plan": [list(p) for p in plan], "group": group, "exponent": near.exponent + far.exponent}
 
 
-def _side(columns: Array, plan: Sequence[tuple[int, int]], group: int) -> tuple[tuple[bytes, bytes], Array, int]:
-    """Columns (length, rank) rounded by plan: ((codes, scales), the rounded columns, exponent of the scales)."""
-    vectors = np.ascontiguousarray(columns.T)
-    found, at = [], 0
-    for bits, count in plan:
-        found.append(best_scales(grouped(vectors[at : at + count], group), bits, _CLIPS[bits]))
-        at += count
-    scale = np.concatenate(found)
-    exponent = int(np.frexp(float(scale.max()))[1]) - _SCALE_BITS
-    whole = np.minimum(np.rint(np.ldexp(scale, -exponent)), 2**_SCALE_BITS - 1)
-    codes, made, at = [], [], 0
-    for bits, count in plan:
-        part, by = grouped(vectors[at : at + count], group), whole[at : at + count]
-        q = quantise(part, np.ldexp(by, exponent), bits)
-        codes.append(packing.pack(q.reshape(count, -1)[:, : columns.shape[0]], bits))
-        made.append((odd(q, bits) * np.ldexp(by, exponent - 1)[..., None]).reshape(count, -1)[:, : columns.shape[0]])
-        at += count
-    return (b"".join(codes), whole.astype("<u2").tobytes()), np.concatenate(made).T, exponent
+class _Side:
+    """Vectors rounded by plan. codes, scales: as stored; made: (length, rank), what they stand for; exponent: of the scales.
+
+    along: feed errors back from coordinate to coordinate, given their Gram matrix; across: from vector to vector.
+    """
+
+    def __init__(
+        self, columns: Array, plan: Plan, group: int, *, along: Inputs | None = None, across: Inputs | None = None
+    ) -> None:
+        vectors = np.ascontiguousarray(columns.T)
+        length = vectors.shape[1]
+        found, at = [], 0
+        for bits, count in plan:
+            found.append(best_scales(grouped(vectors[at : at + count], group), bits, _CLIPS[bits]))
+            at += count
+        scale = np.concatenate(found)
+        self.exponent = int(np.frexp(float(scale.max()))[1]) - _SCALE_BITS
+        whole = np.minimum(np.rint(np.ldexp(scale, -self.exponent)), 2**_SCALE_BITS - 1)
+        self._steps = np.repeat(np.ldexp(whole, self.exponent), group, axis=1)[:, :length]
+        self._half = np.repeat([2.0 ** (b - 1) for b, _ in plan], [n for _, n in plan])[:, None]
+        if along is not None:
+            fed = feed_back(vectors, along, lambda rest, j: self._value(rest[0], self._steps[:, j], self._half[:, 0]))
+        elif across is not None:
+            fed = feed_back(vectors.T, across, lambda rest, k: self._value(rest[0], self._steps[k], self._half[k])).T
+        else:
+            fed = self._value(vectors, self._steps, self._half)
+        q, codes, at = self._code(fed, self._steps, self._half), [], 0
+        for bits, count in plan:
+            codes.append(packing.pack(q[at : at + count], bits))
+            at += count
+        self.codes, self.scales, self.made = b"".join(codes), whole.astype("<u2").tobytes(), fed.T
+
+    @staticmethod
+    def _code(values: Array, steps: Array, half: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(steps > 0.0, values / steps, 0.0)
+        made: Array = np.clip(np.floor(t + half), 0, 2 * half - 1)
+        return made
+
+    def _value(self, values: Array, steps: Array, half: Array) -> Array:
+        made: Array = (2.0 * self._code(values, steps, half) - (2 * half - 1)) * steps / 2
+        return made
 
 
 def _factors(coded: Coded, shape: tuple[int, ...]) -> Factors:

@@ -25,8 +25,9 @@ from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import classes as scale_classes
 from surgery.delta.lossy import integers
 from surgery.delta.lossy.classes import Classes
-from surgery.delta.lossy.common import Array, Codec, Parts, chunks, number, one_of, overlapping, rows_of, sliced
+from surgery.delta.lossy.common import Array, Codec, Parts, as_source, chunks, number, one_of, overlapping, rows_of, sliced
 from surgery.delta.lossy.memo import remembered
+from surgery.delta.lossy.source import Source
 from surgery.ops.random import bits32
 
 _HALF_ULP = 2.0**-24  # of float32, relative
@@ -101,6 +102,7 @@ def contexts(k: Array, classes: Array, buckets: int) -> Array:
 @lossy
 class Dither(Codec):
     name = "dither/1"
+    streams = True
     options = MappingProxyType(
         {
             "bits": number("bits per element to spend at most; the step is searched", exclusiveMinimum=0),
@@ -110,45 +112,50 @@ class Dither(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Source, key: str, **options: Any) -> Parts:
         bits, step, max_error, seed = options["bits"], options["step"], options["max_error"], options["seed"]
         what, value = one_of(self, key, bits=bits, step=step, max_error=max_error)
-        largest = max(float(x.max()), -float(x.min()))
+        largest = x.largest
         if largest == 0.0:
             return {}, {"step": 0.0, "seed": seed, "classes": 1, "chunks": [], "bound": 0.0}
         if what == "max_error":
             value = 2.0 * (value - (largest + value) * _HALF_ULP)
             if value <= 0.0:
                 raise self.refuse(key, "max_error is finer than float32 holds here", hint="pack it exactly, or allow more")
+        tries = _tries(x)
         if what != "bits":
-            return self._at(x, key, float(value), seed, largest)
-        return self._within(x, key, float(value), seed, largest)
+            return self._at(x, tries, key, float(value), seed, largest)
+        return self._within(x, tries, key, float(value), seed, largest)
 
-    def _within(self, x: Array, key: str, bits: float, seed: int, largest: float) -> Parts:
+    def _within(self, x: Source, tries: list[Classes], key: str, bits: float, seed: int, largest: float) -> Parts:
         """The smallest step whose code fits, within 2 %. Where none fits (few elements), the step is the largest magnitude."""
-        step_for, aim, best = self._search(x, key, seed, largest), 0.992 * bits, None
+        step_for, aim, best = self._search(x, tries, key, seed, largest), 0.992 * bits, None
         for _ in range(5):
             step = step_for(aim)
-            parts, facts = self._at(x, key, step, seed, largest)
+            parts, facts = self._at(x, tries, key, step, seed, largest)
             spent = 8.0 * sum(map(len, parts.values())) / x.size
             if spent <= bits and (best is None or step < best[1]["step"]):
                 best = parts, facts
             if 0.98 * bits <= spent <= bits or step >= 8.0 * largest:
                 break
             aim = max(aim - (spent - 0.996 * bits), 1e-3 * bits)
-        return best or self._at(x, key, largest, seed, largest)
+        return best or self._at(x, tries, key, largest, seed, largest)
 
-    def _search(self, x: Array, key: str, seed: int, largest: float) -> Callable[[float], float]:
+    def _search(self, x: Source, tries: list[Classes], key: str, seed: int, largest: float) -> Callable[[float], float]:
         """bits -> the step that a sample of the tensor says costs that much, between 2**-26 and 8 times the largest value."""
-        spent = self.rate(x, key, seed)
+        spent = self.rate(x, key, seed, tries)
         return lambda bits: solve(spent, bits, largest * 2.0**-26, 8.0 * largest)
 
-    def rate(self, x: Array, key: str, seed: int) -> Callable[[float], float]:
+    def rate(
+        self, delta: Array | Source, key: str, seed: int, tries: list[Classes] | None = None
+    ) -> Callable[[float], float]:
         """step -> bits per element, measured on a sample of the tensor (to about 2 %)."""
-        flat, picked = x.reshape(-1), _sample(x.shape)
+        x = as_source(delta)
+        tries = tries or _tries(x)
+        picked = _sample(x.shape)
         k = np.concatenate([noise(seed, key, a, b) for a, b in picked])
-        d = np.concatenate([flat[a:b] for a, b in picked])
-        table = self._classes(x, key, None, seed)
+        d = np.concatenate([x.read(a, b) for a, b in picked])
+        table = _classes(x, tries, key, None, seed)
         buckets = buckets_for(table.count)
         where = contexts(k, np.concatenate([table.of(a, b) for a, b in picked]), buckets)
         side, known = 8.0 * len(_side(table)), {}
@@ -161,48 +168,21 @@ class Dither(Codec):
 
         return spent
 
-    def _at(self, x: Array, key: str, step: float, seed: int, largest: float) -> Parts:
+    def _at(self, x: Source, tries: list[Classes], key: str, step: float, seed: int, largest: float) -> Parts:
         if largest / step > integers.LARGEST / 4:
             raise self.refuse(key, f"a step of {step:.3g} is too fine for values up to {largest:.3g}", hint="pack it exactly")
-        flat = x.reshape(-1)
-        table = self._classes(x, key, step, seed)
+        table = _classes(x, tries, key, step, seed)
         buckets = buckets_for(table.count)
 
         def block(a: int, b: int) -> tuple[Array, Array]:
             k = noise(seed, key, a, b)
-            return quantise(flat[a:b], k, step), contexts(k, table.of(a, b), buckets)
+            return quantise(x.read(a, b), k, step), contexts(k, table.of(a, b), buckets)
 
         packed = integers.pack([lambda r=r: block(*r) for r in chunks(x.shape)], buckets * table.contexts)  # type: ignore[misc]
         parts = {"classes": _side(table), "tables": packed.tables, "codes": packed.codes}
         bound = 0.5 * step + (largest + 0.5 * step) * _HALF_ULP
         facts = {"step": step, "seed": seed, "classes": table.count, "chunks": packed.lengths, "bound": bound}
         return {n: p for n, p in parts.items() if p}, facts
-
-    def _classes(self, x: Array, key: str, step: float | None, seed: int) -> Classes:
-        """None, rows, or rows and columns: what a sample says is smallest, its own size included. step None: a guess of one."""
-        shape = x.shape
-        rows = x.reshape(rows_of(shape))
-        by_row = scale_classes.measured(rows, columns=False)
-        dead = np.any(by_row.rows == scale_classes.ZERO)
-        tries = [by_row, scale_classes.measured(rows, columns=True)]
-        if not dead:
-            tries.insert(0, scale_classes.plain(shape))
-        picked = _sample(shape)
-        flat = x.reshape(-1)
-        d = np.concatenate([flat[a:b] for a, b in picked])
-        if step is None:
-            step = 2.0 * float(np.sqrt(np.square(d, dtype=np.float64).mean())) or 1.0
-        k = np.concatenate([noise(seed, key, a, b) for a, b in picked])
-        q = quantise(d, k, step)
-        best, least = tries[0], np.inf
-        for one in tries:
-            buckets = buckets_for(one.count)
-            where = contexts(k, np.concatenate([one.of(a, b) for a, b in picked]), buckets)
-            counts = integers.counted([lambda where=where: (q, where)], buckets * one.contexts)  # type: ignore[misc]
-            size = 8.0 * len(_side(one)) + integers.cost(counts, x.size)
-            if size < least:
-                best, least = one, size
-        return best
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts, parts = coded.facts, coded.parts
@@ -227,6 +207,34 @@ class Dither(Codec):
             lo, hi = max(a, start), min(b, stop)
             made[lo - start : hi - start] = values[lo - a : hi - a]
         return made
+
+
+def _tries(x: Source) -> list[Classes]:
+    """Scale classes to choose from: none, by row, by row and column."""
+    of = scale_classes.powers(x.read, x.shape)
+    tries = [scale_classes.measured(of, columns=False), scale_classes.measured(of, columns=True)]
+    if not np.any(tries[0].rows == scale_classes.ZERO):
+        tries.insert(0, scale_classes.plain(x.shape))
+    return tries
+
+
+def _classes(x: Source, tries: list[Classes], key: str, step: float | None, seed: int) -> Classes:
+    """Those that a sample says are smallest, their own size included. step None: a guess of one."""
+    picked = _sample(x.shape)
+    d = np.concatenate([x.read(a, b) for a, b in picked])
+    if step is None:
+        step = 2.0 * float(np.sqrt(np.square(d, dtype=np.float64).mean())) or 1.0
+    k = np.concatenate([noise(seed, key, a, b) for a, b in picked])
+    q = quantise(d, k, step)
+    best, least = tries[0], np.inf
+    for one in tries:
+        buckets = buckets_for(one.count)
+        where = contexts(k, np.concatenate([one.of(a, b) for a, b in picked]), buckets)
+        counts = integers.counted([lambda where=where: (q, where)], buckets * one.contexts)  # type: ignore[misc]
+        size = 8.0 * len(_side(one)) + integers.cost(counts, x.size)
+        if size < least:
+            best, least = one, size
+    return best
 
 
 def _side(table: Classes) -> bytes:

@@ -4,11 +4,13 @@
 
 Every level is used and the grid is symmetric; zero is not on it, but a group of zeros has scale 0. The scale is the one of
 several clippings with least squared error, stored in float16 with a common power of two, times the gain correction of the
-whole tensor: <R, D> = <D, D>.
+whole tensor: <R, D> = <D, D>. With the Gram matrix of a layer's inputs codes are rounded with feedback (GPTQ) and need no
+such correction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +18,9 @@ import numpy as np
 
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
-from surgery.delta.lossy.common import Array, Codec, Parts, rows_of
+from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of
+from surgery.delta.lossy.inputs import Inputs, feed_back
+from surgery.delta.lossy.source import Source
 
 _CLIPS = {2: (1.0, 0.85, 0.7, 0.6, 0.5), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.92, 0.84), 8: (1.0,)}
 GROUP = {"type": "integer", "minimum": 4, "maximum": 65536, "default": 64, "description": "elements that share a scale"}
@@ -59,6 +63,8 @@ def best_scales(part: Array, bits: int, clips: tuple[float, ...]) -> Array:
 @lossy
 class Group(Codec):
     name = "group/1"
+    streams = True
+    calibrated = True
     options = MappingProxyType(
         {
             "bits": {"enum": [2, 3, 4, 8], "default": 4, "description": "bits per element, scales not counted"},
@@ -67,27 +73,51 @@ class Group(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
-        bits, group = options["bits"], options["group"]
-        rows, length = rows_of(x.shape)
-        flat = x.reshape(rows, length)
-        step = max(1, (1 << 18) // length)
-        found = [
-            best_scales(grouped(flat[a : a + step].astype(np.float64), group), bits, _CLIPS[bits]) for a in range(0, rows, step)
-        ]
-        payload, exponent, rounded = scales.to_half(np.concatenate(found).reshape(-1))
+    def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
+        bits, group, source = options["bits"], options["group"], as_source(x)
+        rows, length = rows_of(source.shape)
+
+        def parts() -> Iterator[tuple[int, int, Array]]:
+            """(first row, last, groups in float64), a block of rows at a time."""
+            step = max(1, (1 << 18) // length)
+            for a in range(0, rows, step):
+                b = min(a + step, rows)
+                wide = source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
+                yield a, b, grouped(wide, group)
+
+        found = np.concatenate([best_scales(part, bits, _CLIPS[bits]).astype(np.float64) for _, _, part in parts()])
+        payload, exponent, rounded = scales.to_half(found.reshape(-1))
+        del found
         rounded = rounded.reshape(rows, -1)
-        codes, dd, dr, rr = np.empty((rows, length), np.uint8), 0.0, 0.0, 0.0
-        for a in range(0, rows, step):
-            part, scale = grouped(flat[a : a + step].astype(np.float64), group), rounded[a : a + step]
-            q = quantise(part, scale, bits)
-            made = odd(q, bits) * (scale[..., None] / 2)
-            codes[a : a + step] = q.reshape(len(part), -1)[:, :length]
-            dd, dr = dd + float(np.square(part).sum()), dr + float((part * made).sum())
-            rr += float(np.square(made.reshape(len(part), -1)[:, :length]).sum())
-        gain = float(np.float32(scales.factor(options["scale"], np.array(dd), np.array(dr), np.array(rr))))
-        facts = {"width": bits, "group": group, "exponent": exponent, "factor": gain}
-        return {"codes": packing.pack(codes, bits), "scales": payload}, facts
+        facts = {"width": bits, "group": group, "exponent": exponent}
+        if inputs is not None:
+            steps = np.repeat(rounded, group, axis=1)[:, :length]
+            codes = self._fed_back(source.array(), steps, bits, inputs)
+            return {"codes": packing.pack(codes, bits), "scales": payload}, {**facts, "factor": 1.0}
+        sums = np.zeros(3)
+
+        def coded() -> Iterator[Array]:
+            for a, b, part in parts():
+                q = quantise(part, rounded[a:b], bits)
+                made = odd(q, bits) * (rounded[a:b][..., None] / 2)
+                sums[0] += np.square(part).sum()
+                sums[1] += (part * made).sum()
+                sums[2] += np.square(made.reshape(len(part), -1)[:, :length]).sum()
+                yield q.reshape(len(part), -1)[:, :length]
+
+        packed = packing.gather(coded(), bits)
+        gain = float(np.float32(scales.factor(options["scale"], *(np.array(s) for s in sums))))
+        return {"codes": packed, "scales": payload}, {**facts, "factor": gain}
+
+    def _fed_back(self, matrix: Array, steps: Array, bits: int, inputs: Inputs) -> Array:
+        """Codes with feedback. steps: of every element."""
+        by = inputs.turned(steps)
+
+        def nearest(rest: Array, j: int) -> Array:
+            return odd(quantise(rest[0][:, None], by[:, j], bits)[:, 0], bits) * by[:, j] / 2
+
+        made = feed_back(inputs.turned(matrix), inputs, nearest)
+        return quantise(np.ascontiguousarray(inputs.turned(made))[..., None], steps, bits)[..., 0]
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts = coded.facts
@@ -97,8 +127,10 @@ class Group(Codec):
         rows, length = rows_of(shape)
         count = -(-length // group)
         q = packing.unpack(coded.parts["codes"], bits, rows * length, start, stop)
-        scale = scales.from_half(coded.parts["scales"], facts["exponent"], rows * count) * (0.5 * gain)
-        return (odd(q, bits) * scale[group_of(length, group, start, stop)]).astype(np.float32)
+        of = group_of(length, group, start, stop)
+        first = int(of[0])
+        scale = scales.from_half(coded.parts["scales"], facts["exponent"], rows * count, first, int(of[-1]) + 1) * (0.5 * gain)
+        return (odd(q, bits) * scale[of - first]).astype(np.float32)
 
 
 def group_of(length: int, group: int, start: int, stop: int) -> Array:

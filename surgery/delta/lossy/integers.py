@@ -10,7 +10,7 @@ Chunk: u32 length of the entropy-coded stream | stream | raw bits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import xxhash
 from surgery.delta.lossy import rans
 from surgery.delta.lossy.common import CHUNK, Array
 from surgery.delta.lossy.memo import recent
+from surgery.delta.spool import gathered
 
 _DIRECT = 16
 LARGEST = (1 << 30) - 1  # magnitude
@@ -27,10 +28,10 @@ Block = Callable[[], tuple[Array, Array]]  # -> integers (int64), contexts (uint
 
 
 class Packed(NamedTuple):
-    """tables and codes are payloads, lengths the bytes of each chunk in codes."""
+    """tables and codes are payloads (codes perhaps on disk), lengths the bytes of each chunk in codes."""
 
     tables: bytes
-    codes: bytes
+    codes: Any
     lengths: list[int]
 
 
@@ -70,8 +71,16 @@ def cost(counts: Array, size: int) -> float:
 def pack(blocks: Sequence[Block], contexts: int) -> Packed:
     """Every block is asked for twice: once to count, once to code."""
     tables = rans.Tables.fit(counted(blocks, contexts))
-    made = [_pack_chunk(*block(), tables) for block in blocks]
-    return Packed(tables.to_bytes(), b"".join(made), [len(m) for m in made])
+    lengths = []
+
+    def made() -> Iterator[bytes]:
+        for block in blocks:
+            chunk = _pack_chunk(*block(), tables)
+            lengths.append(len(chunk))
+            yield chunk
+
+    codes = gathered(made())
+    return Packed(tables.to_bytes(), codes, lengths)
 
 
 def unpack(packed: Any, ordinal: int, contexts: Array) -> Array:
@@ -80,7 +89,7 @@ def unpack(packed: Any, ordinal: int, contexts: Array) -> Array:
     if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(codes):
         raise ValueError("chunk lengths do not fit the codes")
     at = sum(lengths[:ordinal])
-    chunk, known = memoryview(codes)[at : at + lengths[ordinal]], rans.Tables.from_bytes(tables)
+    chunk, known = memoryview(codes[at : at + lengths[ordinal]]), rans.Tables.from_bytes(tables)
     also = (xxhash.xxh3_128_digest(tables), xxhash.xxh3_128_digest(np.ascontiguousarray(contexts).data))
     return recent("chunk", chunk, also, lambda: _unpack_chunk(chunk, contexts, known)).astype(np.int64)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from surgery.delta.lossy.common import Array
+from surgery.delta.spool import gathered
 
 
 def size(count: int, bits: int) -> int:
@@ -31,15 +33,29 @@ def pack(codes: Array, bits: int) -> bytes:
     return np.packbits((codes[:, None] >> np.arange(bits, dtype=np.uint8)) & 1, bitorder="little").tobytes()
 
 
+def gather(blocks: Iterable[Array], bits: int) -> Any:
+    """Codes that come in blocks, packed as one: bytes, or a file where they are many."""
+
+    def packed() -> Iterator[bytes]:
+        rest = np.empty(0, np.uint8)
+        for block in blocks:
+            codes = np.concatenate([rest, block.astype(np.uint8).reshape(-1)])
+            whole = len(codes) // 8 * 8
+            yield pack(codes[:whole], bits)
+            rest = codes[whole:]
+        yield pack(rest, bits)
+
+    return gathered(packed())
+
+
 def unpack(payload: Any, bits: int, total: int, start: int, stop: int) -> Array:
     """Codes `start` to `stop` (uint8) of `total`. Raises ValueError if the payload has another size."""
-    raw = np.frombuffer(payload, np.uint8)
-    if raw.size != size(total, bits):
-        raise ValueError(f"{raw.size} bytes of codes where {size(total, bits)} belong")
+    if len(payload) != size(total, bits):
+        raise ValueError(f"{len(payload)} bytes of codes where {size(total, bits)} belong")
+    first = start // 8 * 8 if bits != 8 else start  # eight codes fill whole bytes
+    part = np.frombuffer(payload[first * bits // 8 : size(stop, bits)], np.uint8)
     if bits == 8:
-        return raw[start:stop]
-    first = start // 8 * 8  # eight codes fill whole bytes
-    part = raw[first * bits // 8 : size(stop, bits)]
+        return part
     if bits in (2, 4):
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         codes = ((part[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)

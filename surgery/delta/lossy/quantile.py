@@ -16,6 +16,7 @@ import numpy as np
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing
 from surgery.delta.lossy.common import Array, Codec, Parts
+from surgery.delta.lossy.source import Source
 
 
 @cache
@@ -38,6 +39,7 @@ def levels(bits: int, criterion: str) -> tuple[float, ...]:
 @lossy
 class Quantile(Codec):
     name = "quantile/1"
+    streams = True
     options = MappingProxyType(
         {
             "bits": {"enum": [1, 2, 3, 4], "default": 1, "description": "bits per element"},
@@ -49,13 +51,19 @@ class Quantile(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Source, key: str, **options: Any) -> Parts:
         book = np.array(levels(options["bits"], options["criterion"]))
-        wide = x.reshape(-1).astype(np.float64)
-        mean, deviation = float(wide.mean()), float(wide.std())
-        codes = np.searchsorted((book[1:] + book[:-1]) / 2, (wide - mean) / deviation) if deviation > 0 else np.zeros(x.size)
+        mean = sum(float(x.read(a, b).sum(dtype=np.float64)) for a, b in x.blocks()) / x.size
+        deviation = (sum(float(np.square(x.read(a, b).astype(np.float64) - mean).sum()) for a, b in x.blocks()) / x.size) ** 0.5
+        borders = (book[1:] + book[:-1]) / 2
+
+        def coded(a: int, b: int) -> Array:
+            if deviation <= 0.0:
+                return np.zeros(b - a)
+            return np.searchsorted(borders, (x.read(a, b).astype(np.float64) - mean) / deviation)
+
         facts = {"width": options["bits"], "mean": mean, "deviation": deviation, "levels": book.tolist()}
-        return {"codes": packing.pack(codes, options["bits"])}, facts
+        return {"codes": packing.gather((coded(a, b) for a, b in x.blocks()), options["bits"])}, facts
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts = coded.facts

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.delta.lossy.common import Array, sliced
+from surgery.delta.lossy.common import Array, sliced, sliced_part
 
 SCALE = {
     "enum": ["gain", "l2"],
@@ -31,12 +31,13 @@ def to_half(scales: Array) -> tuple[bytes, int, Array]:
     return half.tobytes(), exponent, np.ldexp(half.astype(np.float64), exponent)
 
 
-def from_half(payload: Any, exponent: Any, count: int) -> Array:
-    """The scales in float64. Raises ValueError for another size, or for what is not finite and at least zero."""
+def from_half(payload: Any, exponent: Any, count: int, start: int, stop: int) -> Array:
+    """Scales `start` to `stop` of `count`, in float64. Raises ValueError for another size, or for what is not finite and at
+    least zero."""
     if type(exponent) is not int or not -200 <= exponent <= 200:
         raise ValueError(f"scale exponent {exponent!r}")
-    half = sliced(payload, "<f2", count)
-    if count and not (half.min() >= 0.0 and np.isfinite(half.max())):
+    half = sliced_part(payload, "<f2", count, start, stop)
+    if half.size and not (half.min() >= 0.0 and np.isfinite(half.max())):
         raise ValueError("scales that are not finite")
     return np.ldexp(half.astype(np.float64), exponent)
 

@@ -6,6 +6,7 @@ sum d^2 / sum |d|. A zero counts as positive, as in BitDelta, except that rows o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
 from surgery.delta.lossy.common import Array, Codec, Parts, rows_of
+from surgery.delta.lossy.source import Source
+from surgery.delta.spool import gathered
 
 PER = {"enum": ["tensor", "row"], "default": "tensor", "description": "one scale for the tensor, or one per row"}
 
@@ -21,17 +24,17 @@ PER = {"enum": ["tensor", "row"], "default": "tensor", "description": "one scale
 @lossy
 class Sign(Codec):
     name = "sign/1"
+    streams = True
     options = MappingProxyType({"scale": scales.SCALE, "per": PER})
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Source, key: str, **options: Any) -> Parts:
         rows, length = rows_of(x.shape)
-        flat = x.reshape(rows, length)
-        dd, dr = row_sums(flat)
+        dd, dr = row_sums(x.read, rows, length)
         kept = np.full(rows, float(length))
         if options["per"] == "tensor":
             dd, dr, kept = dd.sum(keepdims=True), dr.sum(keepdims=True), kept.sum(keepdims=True)
         made = scales.factor(options["scale"], dd, dr, kept).astype("<f4")
-        bits = b"".join(np.packbits(x.reshape(-1)[a:b] >= 0, bitorder="little").tobytes() for a, b in _aligned(x.shape))
+        bits = gathered(np.packbits(x.read(a, b) >= 0, bitorder="little").tobytes() for a, b in _aligned(x.shape))
         return {"signs": bits, "scales": made.tobytes()}, {"per": options["per"]}
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
@@ -41,14 +44,15 @@ class Sign(Codec):
         return spread(values, length, start, stop) * (2.0 * positive - 1.0).astype(np.float32)
 
 
-def row_sums(flat: Array) -> tuple[Array, Array]:
-    """sum d^2 and sum |d| of every row, in float64."""
-    dd, da = np.zeros(len(flat)), np.zeros(len(flat))
-    step = max(1, (1 << 18) // max(1, flat.shape[1]))
-    for a in range(0, len(flat), step):
-        wide = np.abs(flat[a : a + step].astype(np.float64))
-        da[a : a + step] = wide.sum(axis=1)
-        dd[a : a + step] = np.square(wide, out=wide).sum(axis=1)
+def row_sums(read: Callable[[int, int], Array], rows: int, length: int) -> tuple[Array, Array]:
+    """sum d^2 and sum |d| of every row of flat elements that `read` gives, in float64."""
+    dd, da = np.zeros(rows), np.zeros(rows)
+    step = max(1, (1 << 18) // max(1, length))
+    for a in range(0, rows, step):
+        b = min(a + step, rows)
+        wide = np.abs(read(a * length, b * length).reshape(b - a, length).astype(np.float64))
+        da[a:b] = wide.sum(axis=1)
+        dd[a:b] = np.square(wide, out=wide).sum(axis=1)
     return dd, da
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from surgery.delta.lossy.common import Array
+from surgery.delta.lossy.inputs import Inputs
 
 
 class Spectrum(NamedTuple):
@@ -18,6 +19,22 @@ class Spectrum(NamedTuple):
     left: Array
     values: Array
     right: Array
+
+
+def whitened(matrix: Array, inputs: Inputs | None) -> Spectrum:
+    """The decomposition whose first r triples lose least of the layer's outputs, for every r; without inputs, of the matrix.
+
+    With the damped Gram matrix H = C C^T: the singular values of D C, its left vectors, and C^-T times its right ones
+    (CorDA, arXiv:2406.05223, takes D H in place of D C). Vectors on the inputs' side are orthonormal under H, no longer on
+    their own.
+    """
+    if inputs is None:
+        return spectrum(matrix)
+    from scipy.linalg import solve_triangular
+
+    found = spectrum(inputs.turned(matrix).astype(np.float64) @ inputs.root)
+    right = solve_triangular(inputs.root, found.right, lower=True, trans="T")
+    return Spectrum(found.left, found.values, right) if inputs.axis == 1 else Spectrum(right, found.values, found.left)
 
 
 def spectrum(matrix: Array) -> Spectrum:

@@ -20,8 +20,9 @@ from surgery.delta.lossy import integers
 from surgery.delta.lossy.common import CHUNK, Array, Codec, Parts, number, one_of, rows_of
 from surgery.delta.lossy.dither import solve
 from surgery.delta.lossy.exact import Factors, cached, integer_weights
+from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.scales import singles
-from surgery.delta.lossy.spectrum import Spectrum, spectrum
+from surgery.delta.lossy.spectrum import Spectrum, spectrum, whitened
 
 _MOST_CONTEXTS = 24
 
@@ -30,6 +31,7 @@ _MOST_CONTEXTS = 24
 class SvdWaterFilled(Codec):
     name = "svd_wf/1"
     matrix = True
+    calibrated = True
     options = MappingProxyType(
         {
             "bits": number("bits per element to spend at most; the step is searched", exclusiveMinimum=0),
@@ -37,16 +39,18 @@ class SvdWaterFilled(Codec):
         }
     )
 
-    def pack(self, x: Array, key: str, **options: Any) -> Parts:
+    def pack(self, x: Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         what, value = one_of(self, key, bits=options["bits"], step=options["step"])
-        found = spectrum(x.reshape(rows_of(x.shape)))
+        matrix = x.reshape(rows_of(x.shape))
+        fit = None if inputs is None else Fit(matrix, inputs)
+        found = spectrum(matrix) if fit is None else fit.found
         if found.values.size == 0:
             return _NOTHING
         if what == "step":
-            return self._at(found, float(value))
+            return self._at(found, float(value), fit)
         step_for, aim, best = self._search(found, x.size), float(value), None
         for _ in range(6):
-            parts, facts = self._at(found, step_for(aim))
+            parts, facts = self._at(found, step_for(aim), fit)
             spent = 8.0 * sum(map(len, parts.values())) / x.size
             if spent <= value and (best is None or spent > best[0]):
                 best = spent, (parts, facts)
@@ -72,14 +76,17 @@ class SvdWaterFilled(Codec):
         top = float(found.values[0])
         return lambda bits: solve(spent, bits, top * 2.0**-16, 2.0 * top)
 
-    def _at(self, found: Spectrum, step: float) -> Parts:
+    def _at(self, found: Spectrum, step: float, fit: Fit | None) -> Parts:
         left, right = _codes(found, step)
         rank = left.shape[1]
         if rank == 0:
             return _NOTHING
         weights, exponent = _weights(step, found.values[:rank], left, right)
         fine = np.sqrt(found.values[:rank] / np.ldexp(weights, exponent))  # the codes for the weights as they are stored
-        left, right = (np.rint(m[:, :rank] * fine).astype(np.int64) for m in (found.left, found.right))
+        if fit is None:
+            left, right = (np.rint(m[:, :rank] * fine).astype(np.int64) for m in (found.left, found.right))
+        else:
+            left, right = fit.codes(fine, np.ldexp(weights, exponent))
         of = _contexts(left, right)
         sides = [integers.pack(_blocks(codes, of), _MOST_CONTEXTS) for codes in (left, right)]
         parts = {
@@ -99,6 +106,32 @@ class SvdWaterFilled(Codec):
 
 
 _NOTHING: Parts = ({}, {"step": 0.0, "rank": 0, "exponent": 0, "chunks": [[], []]})
+
+
+class Fit:
+    """Codes that lose little of a layer's outputs: vectors that are orthonormal under the inputs' Gram matrix, those on the
+    inputs' side rounded with feedback, those on the other side fitted to the rounded ones and rounded with feedback as well.
+
+    The Gram matrix is scaled so that a unit of error with feedback does the same harm on either side: one step for both is
+    reverse water-filling again.
+    """
+
+    def __init__(self, matrix: Array, inputs: Inputs) -> None:
+        self.inputs = Inputs(inputs.gram / inputs.innovation, axis=inputs.axis)
+        self.matrix = inputs.turned(matrix).astype(np.float64)  # (outputs, inputs)
+        self.found = whitened(matrix, self.inputs)
+
+    def codes(self, fine: Array, weights: Array) -> tuple[Array, Array]:
+        """(left, right) as stored. fine: what vectors are multiplied by before rounding; weights: of the products."""
+        found, rank = self.found, len(fine)
+        near = (found.right if self.inputs.axis == 1 else found.left)[:, :rank] * fine
+        rounded = feed_back(near.T, self.inputs.upright(), lambda rest, _: np.rint(rest[0])).T  # (inputs, rank)
+        both = self.inputs.damped @ rounded * weights
+        gram = Inputs((rounded * weights).T @ both, damp=1e-6)
+        far = np.linalg.solve(gram.damped, (self.matrix @ both).T).T  # (outputs, rank)
+        made = feed_back(far, gram, lambda rest, _: np.rint(rest[0]))
+        pair = made.astype(np.int64), rounded.astype(np.int64)
+        return pair if self.inputs.axis == 1 else (pair[1], pair[0])
 
 
 def _codes(found: Spectrum, step: float) -> tuple[Array, Array]:
