@@ -43,6 +43,7 @@ def command() -> None:
 @click.option("--samples", default=128, show_default=True, type=click.IntRange(1), help="Texts at most.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
 @click.option("--progressive", is_flag=True, help="Lossy, then an exact residual: PKG#preview is the first layer.")
+@click.option("--smallest", is_flag=True, help="Exact, slow: a low-rank layer first where that makes a matrix smaller.")
 @click.option("--memory", metavar="SIZE", help="Lossy: what tensors that are coded at once may take together; default 1GB.")
 @SHARD_SIZE
 @OVERWRITE
@@ -73,8 +74,9 @@ def pack_(base: str, model: str, out: str, quiet: bool, **how: Any) -> None:
     total = sum(e.numel * e.dtype.size for e in above.tensors.values())
     codec = FAST if how.pop("fast") else ULP
     data = {k: how.pop(k) for k in ("calib", "probe", "repair", "samples", "length")}
-    where = {k: how.pop(k) for k in ("overwrite", "threads", "memory", "shard_size", "progressive")}
+    where = {k: how.pop(k) for k in ("overwrite", "threads", "memory", "shard_size", "progressive", "smallest")}
     shown = not quiet and sys.stderr.isatty()
+    how |= {k: where[k] for k in ("smallest", "memory")}
     with chosen(below, above, how, data, quiet) as (choose, witness), bar(2 * total, show=shown) as advance:
         made = pack(
             below, above, out, codec=codec, choose=choose, judge=witness, progress=advance, **where,

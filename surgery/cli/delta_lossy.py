@@ -19,7 +19,13 @@ def chosen(
     """(what is coded how, what looks on while it is written). data: calib, probe, repair, samples, length."""
     from surgery.errors import Refused
 
-    calib, probe = data["calib"], data["probe"]
+    calib, probe, memory, smallest = data["calib"], data["probe"], how["memory"], how["smallest"]
+    how = {k: v for k, v in how.items() if k not in ("memory", "smallest")}
+    if smallest:
+        if any(how.values()) or calib is not None or probe is not None:
+            raise Refused("--smallest is exact: it goes with no codec, budget, --set, --only or data")
+        yield _smallest(model, memory), None
+        return
     if calib is None and probe is None:
         if data["repair"]:
             raise Refused("--repair is trained on texts", hint="name them with --calib")
@@ -43,6 +49,14 @@ def chosen(
             fitted = session.fit(choose)
             choose = fitted.choose
         yield choose, witness(session, fitted, probe, **given)
+
+
+def _smallest(model: Node, memory: str | None) -> Choose:
+    from surgery.checkpoint.layout import parse_size
+    from surgery.delta import choices
+    from surgery.delta.pack import available
+
+    return choices.low_rank(model, available() if memory is None else parse_size(memory))
 
 
 def _choose(

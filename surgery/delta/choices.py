@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.codecs.base import check_options, lossy_codec
+from surgery.delta.lossy.common import rows_of
 from surgery.delta.pack import Choose
 from surgery.delta.rebuild import stored_tensors
 from surgery.delta.reference import Array
@@ -52,6 +53,22 @@ def automatic(
     table = {name: (lossy_codec(c.codec), dict(c.options)) for name, c in found.choices.items() if c.codec is not None}
     table = {name: (codec, check_options(codec, options)) for name, (codec, options) in table.items()}
     return lambda tensor: table.get(tensor.name)
+
+
+FIRST = ("svd_wf", 0.5)  # a layer before exact ones that makes many fine-tunes smaller, and its bits per weight
+
+
+def low_rank(model: Node, most: int) -> Choose:
+    """A low-rank first layer for every matrix that it can be taken of in `most` bytes."""
+    codec = lossy_codec(FIRST[0])
+    options = check_options(codec, {"bits": FIRST[1]})
+    need: Callable[..., int] = codec.room  # type: ignore[attr-defined]
+    chosen = {
+        name
+        for name, e in stored_tensors(model).items()
+        if e.dtype.is_float and len(e.shape) >= 2 and min(rows_of(e.shape)) >= 64 and need(e.shape, **options) <= most
+    }
+    return lambda tensor: (codec, options) if tensor.name in chosen else None
 
 
 def _chosen(model: Node, only: Sequence[str]) -> set[str]:

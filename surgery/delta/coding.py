@@ -196,6 +196,24 @@ def code_lossy(
     return made
 
 
+_SPARSE = 2.0  # bits per element below which no first layer pays
+_SAID = 700  # bytes that the manifest says of one
+
+
+def code_smaller(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], exact: Exact
+) -> LossyTensor | list[Chunk]:
+    """A whole tensor, exactly: chunk by chunk, or with a lossy layer before it where both together are smaller."""
+    target = pairing.target
+    chunks = [code_chunk(pairing, readers, exact, a, b) for a, b in fingerprint.chunks(target.shape)]
+    size = sum(len(c.payload) for c in chunks)
+    if 8 * size < _SPARSE * target.numel:
+        return chunks
+    made = code_lossy(pairing, readers, codec, options, residual=True)
+    assert made.residual is not None
+    return made if made.coded.nbytes + len(made.residual.payload) + _SAID < size else chunks
+
+
 def _residual(pairing: Pairing, readers: Readers, codec: Lossy, coded: Coded) -> Residual:
     """The target's chunks against what the first layer makes of them."""
     target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)

@@ -20,7 +20,7 @@ from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
 from surgery.delta.codecs.base import Lossy
 from surgery.delta.codecs.exact import ULP, Exact
-from surgery.delta.coding import Chunk, LossyTensor, Pairing, Readers, code_chunk, code_lossy
+from surgery.delta.coding import Chunk, LossyTensor, Pairing, Readers, code_chunk, code_lossy, code_smaller
 from surgery.delta.entries import BaseHashes, hashes, said_of, unknown
 from surgery.delta.layer import Layer
 from surgery.delta.lookahead import Call, ahead
@@ -77,6 +77,7 @@ def pack(
     codec: Exact = ULP,
     choose: Choose | None = None,
     progressive: bool = False,
+    smallest: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
@@ -88,16 +89,18 @@ def pack(
 
     codec: for what is carried exactly. choose: target tensor -> (lossy codec, options), None for those carried exactly;
     without it the package is exact. progressive: what was chosen is a first layer, and an exact residual comes after it.
+    smallest: the same, but only where first layer and residual are smaller than the tensor without.
     memory: bytes, or text like "1GB", that tensors which are coded with losses at the same time may take together; a larger
     one is coded alone. shard_size: bytes of a file at the most; the package is then an index with shards, if it needs several.
     judge: sees what lossy tensors are rebuilt to; what it concludes goes into the manifest.
     Raises Refused (nothing is left behind) or Failed.
     """
     began = time.perf_counter()
-    if progressive and choose is None:
+    if (progressive or smallest) and choose is None:
         raise Refused("a progressive package needs a first layer", hint="give --bits, --max-error or --codec")
     limit = None if memory is None else parse_size(memory)
-    job = _Job(base, model, codec, choose, progressive, workers(threads), limit, judge, progress or (lambda n: None))
+    residual, told = (progressive, smallest), progress or (lambda n: None)
+    job = _Job(base, model, codec, choose, residual, workers(threads), limit, judge, told)
     refuse_place(Path(out), [base, model], job.files)
     names = job.target.part_names(job.expected())
     writer = PackageWriter(Path(out), names, overwrite=overwrite, shard=None if shard_size is None else parse_size(shard_size))
@@ -140,7 +143,7 @@ class _Job:
         model: Node,
         codec: Exact,
         choose: Choose | None,
-        progressive: bool,
+        residual: tuple[bool, bool],
         threads: int,
         memory: int | None,
         judge: Judge | None,
@@ -149,7 +152,7 @@ class _Job:
         weights_only(base, "base")
         weights_only(model, "model")
         reuse_freed_memory()
-        self._codec, self._choose, self._residual = codec, choose, progressive
+        self._codec, self._choose, (self._residual, self._smallest) = codec, choose, residual
         self._base, self._threads, self._judge, self._progress = base, threads, judge, progress
         self._memory, self._most = (MEMORY, available()) if memory is None else (memory, memory)
         self.stored, self.target = stored_tensors(base), Target(model)
@@ -169,7 +172,7 @@ class _Job:
     def expected(self) -> dict[str, list[str]]:
         """Parts of lossy tensors to leave room for in the header. What they are called is known later; room is made then if
         need be."""
-        some = ["payload"] * 4 + (["residual"] if self._residual else [])
+        some = ["payload"] * 4 + (["residual", "data"] if self._residual or self._smallest else [])
         return {} if self._choose is None else {
             name: some for name, tensor in self.target.tensors.items() if self._choose(tensor) is not None
         }  # fmt: skip
@@ -192,10 +195,12 @@ class _Job:
         first: dict[str, str] = {}  # content -> the tensor that holds it
         for (pairing, choice), results in ahead(pool, plan, calls=2 * self._threads, memory=self._memory):
             name = pairing.target.name
-            if choice is None:
-                tensors[name] = write_exact(writer, pairing, results, self._codec, self._hashes, first, self._progress)
+            made = None if choice is None else next(results)
+            if choice is not None and isinstance(made, LossyTensor):
+                tensors[name] = self._write_lossy(writer, pairing, choice, made, first)
             else:
-                tensors[name] = self._write_lossy(writer, pairing, choice, next(results))
+                chunks = results if made is None else iter(made)
+                tensors[name] = write_exact(writer, pairing, chunks, self._codec, self._hashes, first, self._progress)
         base = self._hashes.facts(pool)
         used = sum("same" in e for e in tensors.values())
         if tensors and pairs and not used and self._looks_unrelated(tensors):
@@ -206,7 +211,7 @@ class _Job:
         return {
             "spec": 2 if progressive else 1,
             "producer": f"weight-surgery {__version__}",
-            "mode": "exact" if self._choose is None else "progressive" if progressive else "lossy",
+            "mode": "progressive" if progressive else self._mode,
             "base": base,
             "target": self.target.said(tensors),
             "tensors": tensors,
@@ -214,6 +219,10 @@ class _Job:
             "dropped": dropped(self.base, used_names(tensors)),
             "files": self.target.write_files(writer, self._base),
         }
+
+    @property
+    def _mode(self) -> str:
+        return "exact" if self._choose is None or self._residual or self._smallest else "lossy"
 
     def _planned(self, name: str, base: str | None) -> tuple[tuple[Pairing, Choice | None], list[Call]]:
         """A tensor with how it is coded, and the work that this is."""
@@ -224,16 +233,21 @@ class _Job:
         choice = self._choice(pairing)
         if choice is None:
             return (pairing, None), exact_calls(pairing, self._readers, self._codec)
+        if self._smallest:
+            work = (pairing, self._readers, *choice, self._codec)
+            return (pairing, choice), [(room(choice, target, self._most), code_smaller, work)]
         see = None if self._judge is None else self._judge.see
-        work = (pairing, self._readers, *choice, see, self._residual)
-        return (pairing, choice), [(room(choice, target, self._most), code_lossy, work)]
+        calls = [(room(choice, target, self._most), code_lossy, (pairing, self._readers, *choice, see, self._residual))]
+        return (pairing, choice), calls
 
     def _choice(self, pairing: Pairing) -> Choice | None:
         if self._choose is None or pairing.base is None or pairing.base.shape != pairing.target.shape:
             return None
         return self._choose(pairing.target) if pairing.target.dtype.is_float and pairing.target.numel else None
 
-    def _write_lossy(self, writer: PackageWriter, pairing: Pairing, choice: Choice, made: LossyTensor) -> dict[str, Any]:
+    def _write_lossy(
+        self, writer: PackageWriter, pairing: Pairing, choice: Choice, made: LossyTensor, first: dict[str, str]
+    ) -> dict[str, Any]:
         target, residual = pairing.target, made.residual
         assert pairing.base is not None
         said = said_of(target, made.leaves if residual is None else residual.leaves)
@@ -243,6 +257,10 @@ class _Job:
         if said["sha256"] == said["base"]["sha256"] == preview["sha256"]:
             said["same"] = True
             return said
+        twin = first.setdefault(said["sha256"], target.name)
+        if twin != target.name:
+            del said["base"]
+            return said | {"alias": twin}
         for short, payload in made.coded.parts.items():
             writer.add(f"tensor/{target.name}/{short}", payload)
         said["layer"] = {

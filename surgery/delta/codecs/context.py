@@ -34,11 +34,13 @@ Array = NDArray[Any]
 
 MASKED, PAIRED = 1, 2  # flags of a group
 UNCHANGED = -32768  # class of a row
-_FLOOR = 4096  # numbers in a group at least, unless there are no more
+_FLOOR = 2048  # numbers in a group at least, unless there are no more
 _ROW = 256  # a context row has at least so many numbers: its class must not cost more than it tells
 _LONGEST = 65535
 _BLOCK = 1 << 16  # numbers that are sorted together: a core's cache holds them
 _ALL_KEYS = np.arange(257)
+_FEW = 0.25  # share of changed numbers in rows below which a row's own change is mostly chance
+_ALIKE = 0.45  # standard deviation of classes below which rows are all the same
 _SEEN = 2048  # numbers of a group that its shift is chosen by
 _SMALL = 0.7  # share of small numbers from which on other forms than plain symbols are tried
 _TINY = 64  # … unless a byte holds more numbers than this already
@@ -163,6 +165,17 @@ def classes(t: Array, b: Array, row: int, dtype: DType) -> Array:
     return np.where(sums > 0, np.clip(found, -8192, 8192), UNCHANGED).astype("<i2")
 
 
+def settled(classes: Array, zigzag: Array) -> Array:
+    """Classes with one for all rows that changed, where rows differ by chance alone: fewer groups, and nothing to store."""
+    live = classes != UNCHANGED
+    if live.any():
+        found = classes[live]
+        among = zigzag.size * len(found) / len(classes)  # numbers in rows that changed at all
+        if np.count_nonzero(zigzag) < _FEW * among or found.std() < _ALIKE:
+            classes[live] = np.sort(found)[len(found) // 2]
+    return classes
+
+
 def cut(counts: Array) -> list[int]:
     """The highest key of each group: as many groups as have enough numbers in them."""
     lasts, filled = [], 0
@@ -181,6 +194,7 @@ def encode(t: Array, b: Array, dtype: DType, row: int) -> tuple[bytes, float]:
     with np.errstate(invalid="ignore", over="ignore"):
         scales = classes(t, b, row, dtype)
     zigzag = ulp.differences(t, b, dtype)
+    scales = settled(scales, zigzag)
     order = _order(b, scales, row, dtype)
     lasts = cut(order.sizes)
     if len(lasts) == 1:

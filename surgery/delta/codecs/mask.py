@@ -1,9 +1,12 @@
 """Bits that say where a task uses a delta that several tasks share, grouped by how large that delta is there.
 
-A chunk's payload is empty where no bit is set; else zstd frames whose content is, in order: u8 count of groups, less one; u8
-the highest exponent in each group, ascending, 255 last; then for each group the bits of its numbers, packed, the first in the
-highest bit, in order of exponent and position. The exponent of a number is the exponent field of the shared delta, a float32,
-which the reader has decoded: what a task uses depends on how large the sum is.
+A chunk's payload is empty where no bit is set; else zstd frames whose content is, in order: u8 count of groups, less one; for
+each group u8 the highest exponent in it, ascending, 255 last, and u8 flags; then for each group the bits of its numbers, packed,
+first in the highest bit, in order of exponent and position. The exponent of a number is the exponent field of the shared
+delta, a float32, which the reader has decoded: what a task uses depends on how large the sum is.
+
+Flag 1: the bits are inverted. Flag 2: of the packed bytes come first the packed bits that say which are not zero, then those
+that are not: no Huffman code is shorter than a bit.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from surgery.delta.codecs.stream import Frames, Unframed, damaged
 
 Array = NDArray[Any]
 _FLOOR = 1 << 15  # numbers in a group at least, unless there are no more
+_RARE = 0.05  # share of bits below which most packed bytes are zero
+INVERTED, SPARSE = 1, 2  # flags of a group
 
 
 def _ordered(shared: Array) -> tuple[Array, Array]:
@@ -42,11 +47,23 @@ def encode(mask: Array, shared: Array) -> bytes:
         return b""
     order, counts = _ordered(shared)
     lasts, bits, frames = _cut(counts), mask[order], Frames()
-    frames.add(np.array([len(lasts) - 1, *lasts], np.uint8))
     edges = np.concatenate([[0], np.cumsum(counts)])[[0, *(last + 1 for last in lasts)]]
-    for a, z in pairwise(edges):
-        frames.add(np.packbits(bits[a:z]))
+    groups = [bits[a:z] for a, z in pairwise(edges)]
+    flags = [_flags(group) for group in groups]
+    head = [len(lasts) - 1, *(n for pair in zip(lasts, flags, strict=True) for n in pair)]
+    frames.add(np.array(head, np.uint8))
+    for group, flag in zip(groups, flags, strict=True):
+        packed = np.packbits(group ^ bool(flag & INVERTED))
+        if flag & SPARSE:
+            frames.add(np.packbits(packed != 0))
+            packed = packed[packed != 0]
+        frames.add(packed)
     return frames.take()
+
+
+def _flags(group: Array) -> int:
+    share = float(group.mean()) if group.size else 0.0
+    return (INVERTED if share > 0.5 else 0) | (SPARSE if min(share, 1.0 - share) < _RARE else 0)
 
 
 def decode(payload: bytes, shared: Array) -> Array:
@@ -56,11 +73,24 @@ def decode(payload: bytes, shared: Array) -> Array:
         return made
     order, counts = _ordered(shared)
     frames = Unframed(payload)
-    lasts = frames.take(int(frames.take(1)[0]) + 1).astype(int)
-    if lasts[-1] != 255 or np.any(np.diff(lasts) <= 0):
+    heads = frames.take(2 * (int(frames.take(1)[0]) + 1)).astype(int).reshape(-1, 2)
+    if heads[-1, 0] != 255 or np.any(np.diff(heads[:, 0]) <= 0):
         raise damaged("groups out of order")
-    edges = np.concatenate([[0], np.cumsum(counts)])[[0, *(lasts + 1)]]
-    bits = [np.unpackbits(frames.take(-(-int(z - a) // 8)), count=int(z - a)) for a, z in pairwise(edges)]
+    if np.any(heads[:, 1] > INVERTED | SPARSE):
+        raise damaged("a group of an unknown kind")
+    edges = np.concatenate([[0], np.cumsum(counts)])[[0, *(heads[:, 0] + 1)]]
+    bits = [_bits(frames, int(z - a), int(flags)) for (a, z), flags in zip(pairwise(edges), heads[:, 1], strict=True)]
     frames.end()
     made[order] = np.concatenate(bits)
     return made
+
+
+def _bits(frames: Unframed, count: int, flags: int) -> Array:
+    size = -(-count // 8)
+    if flags & SPARSE:
+        where = np.unpackbits(frames.take(-(-size // 8)), count=size).view(bool)
+        packed = np.zeros(size, np.uint8)
+        packed[where] = frames.take(int(np.count_nonzero(where)))
+    else:
+        packed = frames.take(size)
+    return np.unpackbits(packed, count=count).view(bool) ^ bool(flags & INVERTED)
