@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_no_shards(tmp_path, monkeypatch):
 
 
 def three(folder):
-    base, one = pair(folder)
+    base, _ = pair(folder)
     old = read_checkpoint(base)
     for i, name in enumerate(("two", "three"), 2):
         write_checkpoint(folder / name, tuned_from(old, i, 2e-3), config=llama_config(), vocab=tokens(130))
@@ -479,7 +479,7 @@ def test_sums_keep_codes_and_add_the_rest(tmp_path):
     for name, entry in entries.items():
         b = old[name].astype(np.float64)
         if entry.lossy:
-            assert entry.layer["codec"] == "sum/1" and "up_proj" in name or "q_proj" in name
+            assert entry.layer["codec"] == "sum/1"
             terms = [lossy_codec(p.manifest.entries[name].layer["codec"]) for p in opened]
             parts = []
             for p, codec in zip(opened, terms, strict=True):
@@ -510,8 +510,7 @@ def test_sums_keep_codes_and_add_the_rest(tmp_path):
 def test_sums_that_cannot_be(tmp_path):
     base, models = three(tmp_path)
     exact = [Package(str(packed(base, models[t], tmp_path / f"{t}.delta.safetensors"))) for t in ("one", "two")]
-    node, choose = total(exact, open_node(str(base)), None)
-    assert choose is None
+    assert total(exact, open_node(str(base)), None)[1] is None
     with pytest.raises(Refused, match="3 times for 2"):
         total(exact, open_node(str(base)), [1.0, 2.0, 3.0])
     more = read_checkpoint(models["one"]) | {"extra": np.ones(3, np.float32)}

@@ -1,9 +1,9 @@
 """Bits that say where a task uses a delta that several tasks share, grouped by how large that delta is there.
 
 A chunk's payload is empty where no bit is set; else zstd frames whose content is, in order: u8 count of groups, less one; for
-each group u8 the highest exponent in it, ascending, 255 last, and u8 flags; then for each group the bits of its numbers, packed,
-first in the highest bit, in order of exponent and position. The exponent of a number is the exponent field of the shared
-delta, a float32, which the reader has decoded: what a task uses depends on how large the sum is.
+each group u8 the highest exponent in it, ascending, 255 last, and u8 flags; then for each group the bits of its numbers,
+packed, the first in the highest bit, in order of exponent and position. The exponent of a number is the exponent field of the
+shared delta, a float32, which the reader has decoded: what a task uses depends on how large the sum is.
 
 Flag 1: the bits are inverted. Flag 2: of the packed bytes come first the packed bits that say which are not zero, then those
 that are not: no Huffman code is shorter than a bit.
