@@ -19,13 +19,6 @@ _16 = np.uint32(16)
 
 
 @_jit
-def difference(x: Any, base: Any, out: Any) -> None:
-    """x - base of uint16 patterns of bfloat16, in float32."""
-    for i in range(x.size):
-        out[i] = _float_of(np.uint32(x[i]) << _16) - _float_of(np.uint32(base[i]) << _16)
-
-
-@_jit
 def _first_bits(x: Any, c: Any, total: Any) -> None:
     for i in range(x.size):
         total[i] = _float_of(np.uint32(x[i]) << _16) * c

@@ -112,17 +112,21 @@ def _say_path(title: str, names: list[str], found: Any, verdicts: Any, limit: fl
 @click.option(
     "--limit", type=click.FloatRange(0), default=0.01, show_default=True, help="Hump above which a layer is a straggler."
 )
+@click.option(
+    "--radius", type=click.FloatRange(0, min_open=True), help="Also sharpness: every tensor moved by this share of its norm."
+)
 @resident_options
 @JSON
 def layers(
     base: str, tuned: str, tasks: str, split: str, measure: str, only: tuple[str, ...], points: int, limit: float,
-    resamples: int, level: float, as_json: bool, **held: Any,
+    radius: float | None, resamples: int, level: float, as_json: bool, **held: Any,
 ) -> None:  # fmt: skip
     """Take TUNED's layers back to BASE one at a time, and measure.
 
     \b
     undone  the measure with this layer at the base's values, less that of TUNED
     hump    the most that the layer's own path is worse than the straight line between its ends; large: a straggler
+    sharp   the most that it gets worse when the layer moves at random by --radius of its norm
 
     \b
     Example:
@@ -134,16 +138,18 @@ def layers(
 
     alphas = [i / (points - 1) for i in range(points - 1)]
     found = profile(
-        base, tuned, tasks, measure=measure, alphas=alphas, limit=limit, only=only, split=split, resident=make_resident(**held),
-        settings=Settings(resamples, level),
+        base, tuned, tasks, measure=measure, alphas=alphas, limit=limit, only=only, radius=radius, split=split,
+        resident=make_resident(**held), settings=Settings(resamples, level),
     )  # fmt: skip
     if as_json:
         print_json({"profiles": [p.as_dict() for p in found.values()]})
         return
     for task, p in found.items():
         click.echo(f"{task} ({split}): {measure} of {p.model} {shown(p.tuned)}")
-        rows = [["  layer", "undone", "hump", ""]]
-        rows += [[f"  {x.name}", shown(x.undone), shown(x.hump), "straggler" if x.straggler else ""] for x in p.layers]
+        rows = [["  layer", "undone", "hump", "" if radius is None else "sharp", ""]]
+        for x in p.layers:
+            sharp = "" if x.sharpness is None else shown(x.sharpness)
+            rows.append([f"  {x.name}", shown(x.undone), shown(x.hump), sharp, "straggler" if x.straggler else ""])
         click.echo("\n".join(columns(rows)) + "\n")
     click.echo(f"intervals: {level:.0%}, bootstrap with {resamples} resamples")
 

@@ -38,6 +38,9 @@ class Worker(Protocol):
     def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
         """Elements of a stored tensor into the bytes `out`."""
 
+    def look(self, read: Read, start: int, stop: int) -> Array | None:
+        """The same where they lie in memory, until the next piece; None if they have to be fetched."""
+
     def whole(self, reads: Sequence[Read]) -> bool:
         """Whether these have to be read a piece at a time."""
 
@@ -73,6 +76,13 @@ class _Task(NamedTuple):
     kind: str  # "bits" (bfloat16 as stored), "floats" (another type, decoded), "decode", "difference", "subtract", "apply"
     args: tuple[int, ...]
     out: int
+
+
+class _Piece(NamedTuple):
+    """Where a piece begins, and stored bytes of it that can be looked at, by id of the expression."""
+
+    start: int
+    views: dict[int, Array]
 
 
 class Blocks:
@@ -124,10 +134,13 @@ class Blocks:
         combine, sound, made = kernels("block_kernels").combine, True, out.view(np.uint16)
         size = self._size(worker, stop - start)
         buffers, places = worker.workspace().buffers(self._count, size)
-        addresses = places[self._order]
+        addresses, piece = places[self._order], self._look(worker, start, stop)
         for a in range(start, stop, size):
             b = min(a + size, stop)
-            self._block(worker, steps, buffers, a, b)
+            bits = self._block(worker, steps, buffers, piece, a, b)
+            for i, (root, stored) in enumerate(zip(self._roots, self._stored, strict=True)):
+                if stored:
+                    addresses[i] = bits[root].ctypes.data
             sound = combine(addresses, self._stored, self._coefs, b - a, made[a - start : b - start]) and sound
         return sound
 
@@ -138,9 +151,10 @@ class Blocks:
             return False
         size = self._size(worker, stop - start)
         buffers, _ = worker.workspace().buffers(self._count, size)
+        piece = self._look(worker, start, stop)
         for a in range(start, stop, size):
             b = min(a + size, stop)
-            self._block(worker, steps, buffers, a, b)
+            self._block(worker, steps, buffers, piece, a, b)
             watch.see([buffers[i][: b - a] for i in self._roots])
         return True
 
@@ -165,15 +179,33 @@ class Blocks:
             made.append(step)
         return made
 
-    def _block(self, worker: Worker, steps: Sequence[Step | None], buffers: list[Array], a: int, b: int) -> None:
-        """Carry out the tasks for elements a to b."""
+    def _look(self, worker: Worker, start: int, stop: int) -> _Piece:
+        """The stored tensors of the piece, where they can be had without a copy."""
+        views = {}
+        for task in self._tasks:
+            if task.kind == "bits" and isinstance(task.expr, Read):
+                view = worker.look(task.expr, start, stop)
+                if view is not None:
+                    views[id(task.expr)] = view
+        return _Piece(start, views)
+
+    def _block(
+        self, worker: Worker, steps: Sequence[Step | None], buffers: list[Array], piece: _Piece, a: int, b: int
+    ) -> dict[int, Array]:
+        """Carry out the tasks for elements a to b; returns what is given as bits, by number of buffer."""
         n, profile = b - a, worker.profile
-        difference = kernels("block_kernels").difference
+        difference = kernels("sum_kernels").difference_bf16
+        bits: dict[int, Array] = {}
         for (expr, kind, args, place), step in zip(self._tasks, steps, strict=True):
             out = buffers[place][:n]
             if kind == "bits":
                 assert isinstance(expr, Read)
-                worker.fetch(expr, a, b, buffers[place].view(np.uint8)[: 2 * n])
+                view = piece.views.get(id(expr))
+                if view is None:
+                    bits[place] = buffers[place].view(np.uint8)[: 2 * n]
+                    worker.fetch(expr, a, b, bits[place])
+                else:
+                    bits[place] = view[2 * (a - piece.start) : 2 * (b - piece.start)]
                 continue
             if kind == "floats":
                 assert isinstance(expr, Read)
@@ -183,16 +215,16 @@ class Blocks:
                 continue
             with nullcontext() if profile is None else profile.node(expr.origin):
                 if kind == "decode":
-                    convert.decode(buffers[args[0]].view(np.uint8)[: 2 * n], BF16, out)
+                    convert.decode(bits[args[0]], BF16, out)
                 elif kind == "difference":
-                    x, base = (buffers[i].view(np.uint16)[:n] for i in args)
-                    difference(x, base, out)
+                    difference(np.array([bits[i].ctypes.data for i in args], np.uint64), n, 0, out)
                 elif kind == "subtract":
                     x, base = (buffers[i][:n] for i in args)
                     np.subtract(x, base, out=out)
                 else:
                     assert step is not None
                     step([buffers[i][:n] for i in args], out)
+        return bits
 
 
 class _Unfit(Exception):

@@ -263,6 +263,10 @@ class Evaluator:
     def whole(self, reads: Sequence[Read]) -> bool:
         return any(id(r.source) in self._watched for r in reads)
 
+    def look(self, read: Read, start: int, stop: int) -> Array | None:
+        assert (start, stop) == (self._start, self._stop)
+        return self._view(read) if (stop - start) * read.dtype.size >= _VIEWED else None
+
     def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
         kept = self._start, self._stop
         self._start, self._stop = start, stop

@@ -14,9 +14,10 @@ import numpy as np
 
 from surgery.checkpoint.dtypes import F32
 from surgery.engine.convert import Array
-from surgery.engine.evaluate import Evaluator, _combination, _ordered
+from surgery.engine.evaluate import Evaluator
 from surgery.engine.jobs import Phase
 from surgery.engine.plan import Program
+from surgery.engine.terms import combination, ordered
 from surgery.graph.expr import Applied, Read, Weighted
 from surgery.lab.room import RoomReader
 
@@ -75,10 +76,10 @@ def direct(
         return None
     if isinstance(expr, Applied) and not expr.op.linear:
         return None
-    coefs, args = _combination(expr)
+    coefs, args = combination(expr)
     if not args or any(not isinstance(c, float) for c in coefs):
         return None
-    anchored, coefs, args = _ordered(coefs, args)
+    anchored, coefs, args = ordered(coefs, args)
     if anchored:
         return None
     found = []

@@ -74,6 +74,8 @@ class Images(Task):
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = dict(file)
+        except FileNotFoundError:
+            raise self.refuse(f"{path}: there is no such file") from None
         except (OSError, ValueError) as problem:
             raise self.refuse(f"{path}: cannot be read as .npz: {problem}") from None
         names = self.said.get("x", "images"), self.said.get("y", "labels")

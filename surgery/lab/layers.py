@@ -26,7 +26,8 @@ class Layer:
     """One layer interpolated alone, all others tuned. path: (alpha, measure) from alpha 0, the base's, to 1, the fine-tune.
 
     undone: the measure at alpha 0 less that of the fine-tune. hump: the most that the path is worse than the straight line
-    between its ends (0 where it never is). sharpness: see `profile`. straggler: the hump's interval lies above the limit.
+    between its ends (0 where it never is). sharpness: see `profile`; None where it was not asked for. straggler: the hump's
+    interval lies above the limit.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Layer:
     undone: Estimate
     hump: Estimate
     straggler: bool
-    sharpness: float | None = None
+    sharpness: Estimate | None = None
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Profile:
         said = [
             {
                 "layer": x.name, "path": [{"alpha": a, **e.as_dict()} for a, e in x.path], "undone": x.undone.as_dict(),
-                "hump": x.hump.as_dict(), "straggler": x.straggler, "sharpness": x.sharpness,
+                "hump": x.hump.as_dict(), "straggler": x.straggler,
+                "sharpness": None if x.sharpness is None else x.sharpness.as_dict(),
             }
             for x in self.layers
         ]  # fmt: skip
@@ -65,13 +67,16 @@ class Profile:
 
 def profile(
     base: Any, tuned: Any, tasks: Any, *, measure: str = "nll", alphas: Sequence[float] = ALPHAS, limit: float = 0.01,
-    only: Sequence[str] = (), split: str = "test", resident: Resident | None = None, settings: Settings | None = None,
+    only: Sequence[str] = (), radius: float | None = None, directions: int = 4, split: str = "test",
+    resident: Resident | None = None, settings: Settings | None = None,
 ) -> dict[str, Profile]:  # fmt: skip
     """Layers of a fine-tune, each interpolated alone (Rofin et al. 2024, In search of the successful interpolation).
 
     A straggler is a layer whose own path is not straight: its hump is above `limit` with the confidence of the settings.
-    alphas: points of every path beside 1, 0 among them. only: globs of layers. Nothing is written; every point recomputes one
-    layer. Raises Refused.
+    alphas: points of every path beside 1, 0 among them. only: globs of layers. radius: also measure sharpness, the most that
+    the measure gets worse when every tensor of a layer moves by `radius` times its norm, over this many random `directions`:
+    a lower bound of max L(theta + eps) - L(theta) over the ball, for which no gradients are needed. Nothing is written; every
+    point recomputes one layer. Raises Refused.
     """
     from surgery.graph.values import matches
 
@@ -94,16 +99,29 @@ def profile(
 
     whole = draws(1.0, [])
     points = sorted(alphas)
+    moved: dict[str, list[dict[str, Draws]]] = {}
+    if radius is not None:
+        if radius <= 0 or directions < 1:
+            raise Refused(f"sharpness needs a radius above 0 and a direction or more, got {radius:g} and {directions}")
+        moved = _shaken(evaluator, ends[1], kept, radius, directions, wanted, split)
     found = {layer: {a: draws(a, names) for a in points} for layer, names in kept.items()}
     made = {}
     for task, kind in measures.items():
         sign = -1.0 if kind.better == "high" else 1.0
         rows = [
-            _layer(layer, [found[layer][a][task] for a in points] + [whole[task]], [*points, 1.0], sign, limit, settings)
+            _layer(
+                layer,
+                [found[layer][a][task] for a in points] + [whole[task]],
+                [*points, 1.0],
+                sign,
+                limit,
+                settings,
+                [d[task] for d in moved.get(layer, [])],
+            )
             for layer in kept
         ]
         tuned_value = whole[task].estimate(settings.level)
-        made[task] = Profile(name_of(base), name_of(tuned), task, measure, split, tuned_value, rows, limit)
+        made[task] = Profile(name_of(base), name_of(tuned), task, measure, split, tuned_value, rows, limit, radius)
     return made
 
 
@@ -113,7 +131,40 @@ def _layers(ends: Sequence[Any]) -> Mapping[str, list[str]]:
     return layers(shapes)
 
 
-def _layer(name: str, draws: Sequence[Draws], alphas: Sequence[float], sign: float, limit: float, settings: Settings) -> Layer:
+def _shaken(
+    evaluator: Evaluator, tuned: Any, kept: Mapping[str, list[str]], radius: float, directions: int, wanted: Any, split: str
+) -> dict[str, list[dict[str, Draws]]]:
+    """Per layer and direction the measures of the fine-tune with that layer moved, in its live module."""
+    import torch
+
+    subject = evaluator.subject(make_plan(tuned), "profile")
+    places = evaluator.resident.places
+    made: dict[str, list[dict[str, Draws]]] = {}
+    for layer, names in kept.items():
+        lost = next((n for n in names if n not in places), None)
+        if lost is not None:
+            raise Refused(
+                f"`{lost}` has no parameter of its own in the live model: its layer cannot be moved",
+                hint="leave out the radius",
+            )
+        held = {n: places[n].detach().clone() for n in names if places[n].is_floating_point()}
+        for d in range(directions):
+            drawn = torch.Generator().manual_seed(d)
+            for n, value in held.items():
+                noise = torch.randn(value.shape, generator=drawn).to(value.device)
+                step = radius * float(value.float().norm()) / max(float(noise.norm()), 1e-30)
+                places[n].data.copy_(value.float() + step * noise)
+            report = evaluator.report(subject, split=split, only=wanted, name="profile")
+            made.setdefault(layer, []).append({task: r.draws[next(iter(r.draws))] for task, r in report.results.items()})
+        for n, value in held.items():
+            places[n].data.copy_(value)
+    return made
+
+
+def _layer(
+    name: str, draws: Sequence[Draws], alphas: Sequence[float], sign: float, limit: float, settings: Settings,
+    moved: Sequence[Draws] = (),
+) -> Layer:  # fmt: skip
     share = np.array(alphas)[:, None]
 
     def hump(values: list[Any]) -> Any:
@@ -125,4 +176,12 @@ def _layer(name: str, draws: Sequence[Draws], alphas: Sequence[float], sign: flo
     above = combined(hump, draws, keys).estimate(settings.level)
     undone = combined(lambda v: v[0] - v[1], [draws[0], draws[-1]], [0, 0]).estimate(settings.level)
     path = [(a, d.estimate(settings.level)) for a, d in zip(alphas, draws, strict=True)]
-    return Layer(name, path, undone, above, bool(above.low > limit))
+    sharpness = None
+    if moved:
+
+        def worst(values: list[Any]) -> Any:
+            found = (sign * (np.array(values[1:], np.float64) - np.asarray(values[0]))).max(axis=0)
+            return found if np.ndim(values[0]) else float(found)
+
+        sharpness = combined(worst, [draws[-1], *moved], [0] * (len(moved) + 1)).estimate(settings.level)
+    return Layer(name, path, undone, above, bool(above.low > limit), sharpness)

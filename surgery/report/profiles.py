@@ -21,10 +21,16 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
     notes = [f"Stragglers, whose own path is not straight: {', '.join(late)}."] if late else ["No layer is a straggler."]
     layers = [x["layer"] for x in first["profile"]]
     undone = [(short(x["layer"], 20), p["task"], *(x["undone"][k] for k in _ENDS)) for p in found for x in p["profile"]]
-    columns = [Column("layer"), Column("task"), *(Column(f"{what}{end}") for what in ("undone", "hump")
-               for end in ("", ", low", ", high")), Column("sharpness"), Column("straggler")]  # fmt: skip
+    columns = [Column("layer"), Column("task"), *(Column(f"{what}{end}") for what in ("undone", "hump", "sharpness")
+               for end in ("", ", low", ", high")), Column("straggler")]  # fmt: skip
     rows = [
-        [x["layer"], p["task"], *(x[what][k] for what in ("undone", "hump") for k in _ENDS), x["sharpness"], x["straggler"]]
+        [
+            x["layer"],
+            p["task"],
+            *(x[what][k] for what in ("undone", "hump") for k in _ENDS),
+            *((x["sharpness"] or {}).get(k) for k in _ENDS),
+            x["straggler"],
+        ]
         for p in found
         for x in p["profile"]
     ]
@@ -39,9 +45,9 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
     if any(v > 1e-9 for values in humps.values() for v in values):
         parts.insert(1, Figure("humps", "How much worse than straight a layer's own path gets", "Large values are stragglers.",
                                panels([short(n, 16) for n in layers], [("hump", humps)]), (6.4, 3.2)))  # fmt: skip
-    sharp = {p["task"]: [x["sharpness"] for x in p["profile"]] for p in found}
+    sharp = {p["task"]: [(x["sharpness"] or {}).get("value") for x in p["profile"]] for p in found}
     if any(v is not None for values in sharp.values() for v in values):
-        parts.insert(1, Figure("sharpness", "Sharpness per layer", "The rise of the loss in a layer's worst direction.",
+        parts.insert(1, Figure("sharpness", "Sharpness per layer", "The worst of some random moves of a layer.",
                                panels([short(n, 16) for n in layers], [("sharpness", sharp)]), (6.4, 3.2)))  # fmt: skip
     return Section(name, title or "Layers one by one", facts, notes, parts)
 

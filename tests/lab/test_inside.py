@@ -189,6 +189,30 @@ def test_an_injected_straggler_is_found_and_thinned(rig: Path, tmp_path: Path, r
     assert start.keys() == state.keys()
 
 
+def test_sharpness_is_the_worst_of_random_moves(rig: Path, resident: lab.Resident) -> None:
+    task = task_of(rig, "rot90")
+    base, tuned = rig / "base", rig / "rot90"
+    found = profile(
+        base, tuned, task, alphas=(0.0,), only=["blocks.1"], radius=0.5, directions=3, resident=resident, settings=FAST
+    )
+    state = load_file(tuned / "model.safetensors")
+    start = lab.evaluate(tuned, task, resident=resident, settings=FAST)["rot90"]["nll"].value  # the live module is whole again
+    rises = []
+    for d in range(3):
+        drawn, moved = torch.Generator().manual_seed(d), dict(state)
+        for name in [n for n in resident.places if n.startswith("blocks.1.")]:
+            noise = torch.randn(state[name].shape, generator=drawn)
+            moved[name] = state[name] + 0.5 * state[name].norm() * noise / noise.norm()
+        model = Net()
+        model.load_state_dict(moved)
+        rises.append(lab.evaluate(model, task, settings=FAST)["rot90"]["nll"].value - start)
+    (layer,) = found["rot90"].layers
+    assert layer.sharpness is not None and layer.sharpness.value == pytest.approx(max(rises), rel=1e-3) and max(rises) > 0
+    assert start == pytest.approx(lab.evaluate(loaded(tuned), task, settings=FAST)["rot90"]["nll"].value, rel=1e-6)
+    with pytest.raises(Refused, match="radius above 0"):
+        profile(base, tuned, task, radius=0.0, resident=resident)
+
+
 def test_what_layers_refuse(rig: Path, resident: lab.Resident) -> None:
     with pytest.raises(Refused, match="alphas must lie in"):
         profile(rig / "base", rig / "rot90", task_of(rig, "rot90"), alphas=(0.5,))
