@@ -134,6 +134,7 @@ def _package(folder: Path) -> tuple[bytes, bytes, int, int]:
 
     from surgery.delta.codecs.stream import unpack_text
     from surgery.delta.pack import pack
+    from surgery.delta.shards import header_of
     from surgery.inputs import open_node
 
     _models(folder)
@@ -165,7 +166,7 @@ def manifest(folder: Path) -> tuple[Target, list[bytes]]:
 def package(folder: Path) -> tuple[Target, list[bytes]]:
     """A manifest with its header made to fit, so that what is fuzzed is what comes after the hashes; or a whole package."""
     from surgery.delta.codecs.stream import pack_text
-    from surgery.delta.container import Package, header_of
+    from surgery.delta.container import Package
     from surgery.delta.manifest import read_manifest
 
     whole, text, start, begin = _package(folder)

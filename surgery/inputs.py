@@ -30,8 +30,8 @@ def _adapted(location: str, label: str | None, where: Mapping[str, str]) -> Node
 
 
 def _package(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
-    """A delta package alone."""
-    if not location.endswith(".safetensors"):
+    """A delta package alone: a file, an index of shards, or a view of either (`PACKAGE#task`)."""
+    if ".delta.safetensors" not in location and not location.endswith(".safetensors"):
         return None
     from surgery.delta.open import package
 

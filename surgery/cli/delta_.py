@@ -1,27 +1,17 @@
-"""surgery delta pack | inspect | verify | apply | compose | schema"""
+"""surgery delta pack | inspect | verify | apply | schema; others of the group have files of their own"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from surgery.cli.delta_compose import compose_
 from surgery.cli.delta_exchange import export_, import_
+from surgery.cli.delta_options import BASE, OUT, OVERWRITE, PACKAGE, QUIET, SHARD_SIZE, THREADS
+from surgery.cli.delta_tasks import tasks_
 from surgery.cli.options import JSON, print_json
-
-if TYPE_CHECKING:
-    from surgery.delta.pack import Packed
-    from surgery.graph.node import Node
-
-_KINDS = {"renamed_from": "renamed", "resized_from": "resized", "retyped_from": "retyped", "alias_of": "tied"}
-PACKAGE = click.argument("package", type=click.Path(dir_okay=False))
-BASE = click.option("--base", required=True, metavar="BASE", help="The base: a path, or a hub id with @revision.")
-OUT = click.option("-o", "--out", required=True, type=click.Path(), help="The package to write: NAME.delta.safetensors.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there, once the new one is whole.")
-THREADS = click.option("--threads", type=int, help="Workers; default the processors at hand.")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 
 
 @click.group("delta")
@@ -52,13 +42,13 @@ def command() -> None:
 @click.option("--probe", metavar="DATA", help="Lossy: texts to compare outputs on; default some kept back from --calib.")
 @click.option("--samples", default=128, show_default=True, type=click.IntRange(1), help="Texts at most.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
+@click.option("--progressive", is_flag=True, help="Lossy, then an exact residual: PKG#preview is the first layer.")
 @click.option("--memory", metavar="SIZE", help="Lossy: what tensors that are coded at once may take together; default 1GB.")
+@SHARD_SIZE
 @OVERWRITE
 @THREADS
 @QUIET
-def pack_(
-    base: str, model: str, out: str, quiet: bool, overwrite: bool, threads: int | None, memory: str | None, **how: Any
-) -> None:
+def pack_(base: str, model: str, out: str, quiet: bool, **how: Any) -> None:
     """Write the package that makes MODEL of BASE. Both are streamed; memory does not grow with the model.
 
     \b
@@ -67,8 +57,10 @@ def pack_(
       surgery delta pack --base base/ --model tuned/ -o small.delta.safetensors --bits 1
       surgery delta pack --base base/ --model tuned/ -o near.delta.safetensors --max-error 1e-4
       surgery delta pack --base base/ --model tuned/ -o tiny.delta.safetensors --bits 0.5 --calib texts.jsonl
+      surgery delta pack --base base/ --model tuned/ -o both.delta.safetensors --bits 0.5 --progressive
     """
     from surgery.cli.delta_lossy import chosen, codecs
+    from surgery.cli.delta_report import evaluated, summary
     from surgery.cli.progress import bar
     from surgery.delta.codecs.exact import FAST, ULP
     from surgery.delta.pack import pack
@@ -81,17 +73,17 @@ def pack_(
     total = sum(e.numel * e.dtype.size for e in above.tensors.values())
     codec = FAST if how.pop("fast") else ULP
     data = {k: how.pop(k) for k in ("calib", "probe", "repair", "samples", "length")}
+    where = {k: how.pop(k) for k in ("overwrite", "threads", "memory", "shard_size", "progressive")}
     shown = not quiet and sys.stderr.isatty()
     with chosen(below, above, how, data, quiet) as (choose, witness), bar(2 * total, show=shown) as advance:
         made = pack(
-            below, above, out, codec=codec, choose=choose, judge=witness,
-            overwrite=overwrite, threads=threads, memory=memory, progress=advance,
+            below, above, out, codec=codec, choose=choose, judge=witness, progress=advance, **where,
         )  # fmt: skip
-    _summary(made, quiet)
+    summary(made, quiet)
     if witness is not None and not quiet:
         from surgery.delta.container import Package
 
-        click.echo("\n".join(_evaluated(Package(out).manifest.data)), err=True)
+        click.echo("\n".join(evaluated(Package(out).manifest.data)), err=True)
 
 
 @command.command("inspect")
@@ -109,6 +101,7 @@ def inspect_(package: str, as_json: bool, tensors: bool) -> None:
 
     A large relative error harms little while the gain is 1: independent errors average out, shrinkage adds up.
     """
+    from surgery.cli.delta_report import report
     from surgery.delta.container import Package
     from surgery.delta.view import overview
 
@@ -116,7 +109,7 @@ def inspect_(package: str, as_json: bool, tensors: bool) -> None:
     if as_json:
         print_json(view)
     else:
-        click.echo("\n".join(_report(view, tensors)))
+        click.echo("\n".join(report(view, tensors)))
 
 
 @command.command("verify")
@@ -131,6 +124,7 @@ def verify_(package: str, base: str | None, threads: int | None, quiet: bool) ->
     from surgery.delta.check import verify_package
     from surgery.delta.container import Package
     from surgery.delta.rebuild import PackageNode
+    from surgery.delta.shards import location_of
     from surgery.engine.render import amount
     from surgery.inputs import open_node
 
@@ -140,23 +134,28 @@ def verify_(package: str, base: str | None, threads: int | None, quiet: bool) ->
         if not quiet:
             click.echo(f"{package}: whole: {amount(size)}; with --base it is rebuilt and checked as well", err=True)
         return
-    node = PackageNode(found, open_node(base))
-    total = sum(e.target.nbytes for e in found.manifest.entries.values())
-    with bar(total, show=not quiet and sys.stderr.isatty()) as advance:
-        made = verify(node, threads=threads, progress=advance)
-    if not quiet:
-        click.echo(f"{package} on {base}: {len(node.tensors)} tensors, {amount(made)}, all as they were packed", err=True)
+    below = open_node(base)
+    for view in [found.view] if found.view else found.manifest.views():
+        node = PackageNode(Package(location_of(found.path, view)), below)
+        total = sum(e.target.nbytes for e in node.manifest.entries.values())
+        with bar(total, show=not quiet and sys.stderr.isatty()) as advance:
+            made = verify(node, threads=threads, progress=advance)
+        if not quiet:
+            what = location_of(found.path, view)
+            click.echo(f"{what} on {base}: {len(node.tensors)} tensors, {amount(made)}, all as they were packed", err=True)
 
 
 @command.command("apply")
 @PACKAGE
 @BASE
 @click.option("-o", "--out", required=True, type=click.Path(), help="The directory to write.")
+@click.option("--preview", is_flag=True, help="Only the first layer of a progressive package: PACKAGE#preview.")
+@click.option("--task", metavar="NAME", help="Of a package of several tasks: PACKAGE#NAME.")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished run.")
 @OVERWRITE
 @THREADS
 @QUIET
-def apply_(package: str, base: str, out: str, quiet: bool, **options: Any) -> None:
+def apply_(package: str, base: str, out: str, quiet: bool, preview: bool, task: str | None, **options: Any) -> None:
     """Rebuild the model of PACKAGE from its base: the files as they were, byte for byte where the package is exact.
 
     Every tensor is checked against its hash before OUT appears. A wrong base is refused.
@@ -164,16 +163,21 @@ def apply_(package: str, base: str, out: str, quiet: bool, **options: Any) -> No
     \b
     Example:
       surgery delta apply tuned.delta.safetensors --base base/ -o tuned/
+      surgery delta apply both.delta.safetensors --base base/ -o first-look/ --preview
     """
     from surgery.cli.progress import bar
     from surgery.delta.apply import apply
     from surgery.delta.container import Package
     from surgery.delta.rebuild import PackageNode
+    from surgery.delta.shards import location_of
     from surgery.engine.render import amount
+    from surgery.errors import Refused
     from surgery.inputs import open_node
 
-    node = PackageNode(Package(package), open_node(base))
-    total = sum(e.target.nbytes for e in node.package.manifest.entries.values())
+    if preview and task is not None:
+        raise Refused("--preview and --task name different things: give one")
+    node = PackageNode(Package(location_of(package, "preview" if preview else task or "")), open_node(base))
+    total = sum(e.target.nbytes for e in node.manifest.entries.values())
     with bar(total, show=not quiet and sys.stderr.isatty()) as advance:
         made = apply(node, out, progress=advance, **options)
     if not quiet:
@@ -185,132 +189,15 @@ def apply_(package: str, base: str, out: str, quiet: bool, **options: Any) -> No
         )
 
 
-@command.command("compose")
-@click.argument("packages", nargs=-1, required=True, type=click.Path(dir_okay=False))
-@BASE
-@OUT
-@click.option("--fast", is_flag=True, help="Without contexts: larger, faster.")
-@OVERWRITE
-@THREADS
-@QUIET
-def compose_(packages: tuple[str, ...], base: str, out: str, fast: bool, quiet: bool, **options: Any) -> None:
-    """One package for a chain: the first of PACKAGES applies to BASE, each other to what the one before it makes.
-
-    The result is exact: it makes of BASE to the bit what the chain makes. The models between are streamed, not written.
-
-    \b
-    Example:
-      surgery delta compose a-to-b.delta.safetensors b-to-c.delta.safetensors --base a/ -o a-to-c.delta.safetensors
-    """
-    from surgery.cli.progress import bar
-    from surgery.delta.codecs.exact import FAST, ULP
-    from surgery.delta.container import Package
-    from surgery.delta.pack import pack
-    from surgery.delta.rebuild import PackageNode
-    from surgery.inputs import open_node
-
-    below = open_node(base)
-    node: Node = below
-    for package in packages:
-        node = PackageNode(Package(package), node)
-    total = sum(e.numel * e.dtype.size for e in node.tensors.values())
-    with bar(2 * total, show=not quiet and sys.stderr.isatty()) as advance:
-        made = pack(below, node, out, codec=FAST if fast else ULP, progress=advance, **options)
-    _summary(made, quiet)
-
-
+command.add_command(compose_)
 command.add_command(export_)
 command.add_command(import_)
+command.add_command(tasks_)
 
 
 @command.command("schema")
 def schema_() -> None:
     """Print the JSON Schema of a package's manifest."""
-    from surgery.delta.manifest import SCHEMA
+    from surgery.delta.schema import SCHEMA
 
     print_json(SCHEMA)
-
-
-def _summary(made: Packed, quiet: bool) -> None:
-    from surgery.engine.render import amount
-
-    if quiet:
-        return
-    for warning in made.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in made.counts.items() if count)
-    click.echo(
-        f"{made.path}: {amount(made.size)} for {amount(made.model)} ({made.ratio:.2f}x), {kinds}; "
-        f"{made.seconds:.1f} s ({amount(made.model / max(made.seconds, 1e-9))}/s)",
-        err=True,
-    )
-
-
-# -- for people --------------------------------------------------------------------------------------------------------------
-
-
-def _report(view: Mapping[str, Any], tensors: bool) -> Iterator[str]:
-    from surgery.cli.inspect_ import aligned, plural
-    from surgery.engine.render import amount
-
-    base = view["base"]
-    named = f"{base['repo']}@{base['revision']}" if "repo" in base else base["name"]
-    yield f"{view['package']}: {view['mode']}, {amount(view['bytes'])} for {amount(view['model_bytes'])} ({view['ratio']:.2f}x)"
-    yield f"base    {named}: {plural(base['tensors'], 'tensor')}, {amount(base['bytes'])}, root {base['root']}"
-    yield f"target  {plural(len(view['tensors']), 'tensor')}, root {view['target']['root']}"
-    weights = [f["path"] for f in view["target"]["files"]]
-    yield f"files   {', '.join(weights[:3])}{', …' if len(weights) > 3 else ''}; and {', '.join(view['files']) or 'no other'}"
-    for kind, word in _KINDS.items():
-        found = [f"{t['name']} (from {t[kind]})" for t in view["tensors"] if kind in t]
-        if found:
-            yield f"{word:<7} {_some(found)}"
-    if view["dropped"]:
-        yield f"dropped {_some(view['dropped'])}"
-    yield from _evaluated(view)
-    yield ""
-    yield from _table("codec", view["codecs"].items())
-    yield ""
-    yield from _table("layer", [*view["layers"].items(), ("all", view["total"])])
-    if tensors:
-        yield ""
-        rows = [["tensor", "type", "shape", "codec", "bytes", "bits", "limit", "rel err", "gain", "max err", "out err"]]
-        for t in view["tensors"]:
-            error = t["error"] or {}
-            rows.append([t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["codec"], f"{t['bytes']:,}",
-                         f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}",
-                         *(_figure(error.get(k)) for k in ("rel_fro", "gain", "max_abs", "output"))])  # fmt: skip
-        yield from aligned(rows)
-
-
-def _evaluated(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What the manifest says of data and outputs."""
-    from surgery.cli.inspect_ import plural
-
-    if said := facts.get("calibration"):
-        fitted = ", ".join(f"{count} by {codec}" for codec, count in said["fitted"].items()) or "none"
-        data = f"{said['file'] or 'statistics'} ({plural(said['texts'], 'text')}, {said['tokens']:,} tokens)"
-        yield f"fitted  to {data}: {fitted}"
-    if said := facts.get("evaluation"):
-        where = f"{said['file']}, {plural(said['texts'], 'text')}{'' if said['held_out'] else ' that were fitted to'}"
-        parts = [f"error of {said['outputs']} {_figure(said['error'])} of the base's"]
-        if said["kl"] is not None:
-            parts.append(f"KL {_figure(said['kl'])} nats, same answer {100 * said['agree']:.2f} %")
-        yield f"outputs {'; '.join(parts)} ({where})"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
-
-
-def _table(title: str, rows: Any) -> Iterator[str]:
-    from surgery.cli.inspect_ import aligned
-
-    cells = [[title, "tensors", "bytes", "bits", "limit", "rel err", "gain", "max err", "out err"]]
-    for name, t in rows:
-        errors = [_figure(t.get(k)) for k in ("rel_fro", "gain", "max_abs", "output")]
-        cells.append([name, f"{t['tensors']:,}", f"{t['bytes']:,}", f"{t['bits']:.3f}", f"{t['limit_bits']:.3f}", *errors])
-    yield from aligned(cells)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -85,6 +85,22 @@ def _choose(
     return choices.fixed(model, codec or default, {**budget, **parsed}, only)
 
 
+def budget(
+    codec: str | None, bits: float | None, max_error: float | None, options: tuple[str, ...], default: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """One codec and its options for everything; `dither` and `default` where nothing is said. Raises Refused."""
+    from surgery.delta import choices
+    from surgery.delta.codecs.base import check_options, lossy_codec
+    from surgery.errors import Refused
+
+    if bits is not None and max_error is not None:
+        raise Refused("give one of --bits and --max-error: a budget is one of them")
+    given = {k: v for k, v in (("bits", bits), ("max_error", max_error)) if v is not None}
+    given |= dict(_option(text) for text in options)
+    found = lossy_codec(codec or choices.DEFAULT)
+    return found, check_options(found, given or ({} if codec else dict(default)))
+
+
 def _option(text: str) -> tuple[str, Any]:
     import yaml
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.dtypes import F32
 from surgery.delta.container import Package
+from surgery.delta.decode import decoded
 from surgery.delta.manifest import Entry
-from surgery.delta.rebuild import decoded
 from surgery.delta.reference import Array
 from surgery.graph.expr import Derived, Expr, Fetch, Weighted
 from surgery.graph.node import Node
@@ -26,10 +25,11 @@ class Decoded(Derived):
 
     @property
     def identity(self) -> str:
-        return f"{self.package.sha256}/{self.entry.target.name}"
+        return f"{self.package.identity}/{self.entry.target.name}"
 
     def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> Array:
         return decoded(self.package, self.entry, start, stop).astype(work, copy=False)
+
 
 class DeltaNode(Node):
     """The float tensors of a lossy package as what is to be added to the base's.
@@ -42,14 +42,14 @@ class DeltaNode(Node):
     verb = "PACKAGE"
 
     def __init__(self, package: Package, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
-        super().__init__(label or Path(package.path).name.removesuffix(".delta.safetensors"), where)
+        super().__init__(label or package.label, where)
         self.package = package
 
     def _build(self) -> dict[str, Expr]:
         made: dict[str, Expr] = {}
         exact = []
-        for name, entry in self.package.manifest.entries.items():
-            if entry.lossy:
+        for name, entry in self.package.one().entries.items():
+            if entry.lossy and entry.residual is None:
                 made[name] = Decoded(self.package, entry, self)
             elif entry.same and entry.base is not None and entry.base.name == name and entry.target.dtype.is_float:
                 made[name] = Weighted([], [], entry.target.shape, F32, self)
@@ -68,5 +68,4 @@ class DeltaNode(Node):
 
     @property
     def identity(self) -> str:
-        return self.package.sha256
-
+        return self.package.identity

@@ -61,7 +61,7 @@ def apply(
     began = time.perf_counter()
     layout = layout_of(node)
     fast.load(layout.total)
-    side = {path: node.file(path) or b"" for path in node.package.manifest.data["files"]}  # refused early, if at all
+    side = {path: node.file(path) or b"" for path in node.manifest.data["files"]}  # refused early, if at all
     final = Path(out)
     if resume and settle(final, _token(node)):
         return Applied(final, len(node.tensors), len(node.tensors), layout.size, time.perf_counter() - began)
@@ -83,7 +83,7 @@ def apply(
 def verify(node: PackageNode, *, threads: int | None = None, progress: Progress | None = None) -> int:
     """Make every tensor and check it, without writing anything. Returns the bytes of the model. Raises Refused."""
     fast.load(layout_of(node).total)
-    for path in node.package.manifest.data["files"]:
+    for path in node.manifest.data["files"]:
         node.file(path)
     reader = Reader(_files(node))
     try:
@@ -143,7 +143,7 @@ def _stream(
     """Make everything that is not done yet, then the files beside it, then the headers that make the weights readable.
 
     Returns how many tensors an earlier run had finished."""
-    entries = node.package.manifest.entries
+    entries = node.manifest.entries
     writer = Writer(folder, layout, fresh=not going_on, sealed=False)
     journal = Journal(folder / JOURNAL, _token(node), resume=going_on)
     reader = Reader(_files(node))
@@ -165,7 +165,7 @@ def _stream(
 
 def _kept(node: PackageNode, name: str, writer: Writer, progress: Progress) -> bool:
     """Whether what an earlier run wrote of a tensor is still what it should be."""
-    target = node.package.manifest.entries[name].target
+    target = node.manifest.entries[name].target
     leaves = []
     for a, b in fingerprint.chunks(target.shape):
         raw = np.empty((b - a) * target.dtype.size, np.uint8)
@@ -193,7 +193,7 @@ def _inputs(node: PackageNode) -> list[Path]:
     """What the output must not touch: the packages, and the files and folders that the base is read from."""
     made, below = [], node
     while isinstance(below, PackageNode):
-        made.append(Path(below.package.path))
+        made += map(Path, (below.package.path, *below.package.files))
         below = below.inputs[0]  # type: ignore[assignment]
     for source in _sources(node):
         file = Path(next(iter(source.files)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -14,12 +14,14 @@ import numpy as np
 from surgery.checkpoint.dtypes import DType
 from surgery.delta import fingerprint
 from surgery.delta.codecs.base import Coded, Lossy
-from surgery.delta.codecs.exact import Exact
+from surgery.delta.codecs.exact import RESIDUAL, Exact, Hint
+from surgery.delta.layer import Layer
 from surgery.delta.lossy.common import Codec, Meter
 from surgery.delta.lossy.source import Source
 from surgery.delta.manifest import Tensor
-from surgery.delta.rebuild import added
+from surgery.delta.rebuild import added, bound_of
 from surgery.delta.reference import Array, leaf_range, reference
+from surgery.delta.spool import gathered
 from surgery.engine import convert
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.reader import Reader
@@ -58,10 +60,22 @@ class Chunk:
 
 @dataclass
 class LossyTensor:
+    """leaves: of the reconstruction; base: of the base. residual: what makes the target of the reconstruction, if asked for."""
+
     coded: Coded
-    leaves: list[str]  # of the reconstruction
+    leaves: list[str]
     base: list[str]
     error: dict[str, float | None] = field(default_factory=dict)
+    residual: Residual | None = None
+
+
+@dataclass
+class Residual:
+    """layer, payload: of all chunks; leaves: of the target."""
+
+    layer: dict[str, Any]
+    payload: Any
+    leaves: list[str]
 
 
 @dataclass(frozen=True)
@@ -159,11 +173,17 @@ def _after_rounding(bound: float, dtype: DType, largest: float) -> float:
 
 
 def code_lossy(
-    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], see: See | None = None
+    pairing: Pairing,
+    readers: Readers,
+    codec: Lossy,
+    options: Mapping[str, Any],
+    see: See | None = None,
+    residual: bool = False,
 ) -> LossyTensor:
     """A whole tensor, coded; its error measured on what a reader will get, final rounding included.
 
     An asked `max_error` holds for that too: where rounding spoils it the tensor is coded again at half of it, which suffices.
+    residual: also code what is left, for packages that end exact.
     """
     made = _coded(pairing, readers, codec, options, see)
     asked = options.get("max_error")
@@ -171,7 +191,29 @@ def code_lossy(
         made = _coded(pairing, readers, codec, {**options, "max_error": asked / 2}, see)
     if asked is not None and made.error["max_abs"] <= asked and "bound" in made.error:
         made.error["bound"] = min(made.error["bound"], asked)
+    if residual:
+        made.residual = _residual(pairing, readers, codec, made.coded)
     return made
+
+
+def _residual(pairing: Pairing, readers: Readers, codec: Lossy, coded: Coded) -> Residual:
+    """The target's chunks against what the first layer makes of them."""
+    target, (dtype, shape) = pairing.target, (pairing.target.dtype, pairing.target.shape)
+    layer, leaves = Layer(), []
+
+    def payloads() -> Iterator[bytes]:
+        for a, b in fingerprint.chunks(shape):
+            raw, ref, _ = pairing.bits(readers, a, b)
+            assert ref is not None
+            raw, delta = raw.copy(), codec.decode(coded, shape, target.name, a, b)
+            hint = Hint(ref, np.ascontiguousarray(delta, np.float32), bound_of(coded.facts))
+            payload, least = RESIDUAL.residual(raw, added(ref, delta, dtype), hint, dtype, fingerprint.row_of(shape))
+            layer.add(payload, least)
+            leaves.append(fingerprint.digest(raw))
+            yield payload
+
+    payload = gathered(payloads())
+    return Residual(layer.said(RESIDUAL.name), payload, leaves)
 
 
 def _coded(

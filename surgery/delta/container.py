@@ -1,203 +1,159 @@
-"""The file of a package: safetensors, so that any viewer opens it; every tensor is bytes (U8).
-
-    u64 length | JSON header, padded with spaces to a size known beforehand | parts | delta/manifest
-
-The header is a function of the manifest (`header_of`); a reader makes it again and compares, so that no byte of it can be
-changed unseen. Parts are written as they are made, in one pass; the manifest comes last.
-"""
+"""Opening packages: the files, the manifest, what is stored under which name. Everything is checked before it is used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.header import MAX_HEADER, parse_header, read_header
+from surgery.checkpoint.header import MAX_HEADER, Header, parse_header, read_header
 from surgery.checkpoint.stored import Stored
-from surgery.delta.codecs.stream import pack_text, unpack_text
+from surgery.delta import shards
+from surgery.delta.codecs.stream import unpack_text
 from surgery.delta.fingerprint import digest
-from surgery.delta.manifest import SPEC, Manifest, bad, read_manifest
+from surgery.delta.manifest import Manifest, bad, read_manifest
+from surgery.delta.schema import SPECS
+from surgery.delta.shards import INDEX, MANIFEST, MOST, SUFFIX, header_of, shard_name
 from surgery.delta.spool import HELD, Spool, pieces
-from surgery.errors import Failed, Refused
+from surgery.errors import Refused, did_you_mean
 
-SUFFIX = ".delta.safetensors"
-_MANIFEST = "delta/manifest"
 _RATIO = 64  # a manifest is mostly hashes: no honest one shrinks so much
 _FILE_RATIO = 4096  # text shrinks much further than hashes
-_PART = 80  # bytes of a header entry beside its name
 _KEPT = 4  # tensors whose lossy payload is kept
+_LARGEST_INDEX = 100 * 10**6
 
 
 def is_package(location: str) -> bool:
     """Whether a location is a package: by its name, or by what its header says."""
-    path = Path(os.path.expanduser(location))
+    path = Path(os.path.expanduser(shards.split(location)[0]))
+    if path.name.endswith(SUFFIX + INDEX):
+        return path.is_file()
+    if path.name.endswith(SUFFIX) and (path.is_file() or shards.index_of(path).is_file()):
+        return True
     if not path.is_file() or path.suffix != ".safetensors":
         return False
-    if path.name.endswith(SUFFIX):
-        return True
     with open(path, "rb") as file:
         return b'"delta.spec"' in file.read(512)
 
 
-def reserved(names: Iterable[str]) -> int:
-    """Bytes that the header of a package with these parts is padded to, its length prefix included."""
-    size = 1024 + sum(_PART + len(json.dumps(name)) for name in (*names, _MANIFEST))
-    return -(-size // 1024) * 1024
-
-
-def header_of(data: Mapping[str, Any], manifest: bytes, size: int, space: int) -> bytes:
-    """The first `space` bytes of a package, more where it does not fit.
-
-    data, manifest, size: the manifest, compressed, and its bytes before that.
-    """
-    about = {
-        "delta.spec": str(SPEC),
-        "delta.mode": data["mode"],
-        "delta.manifest.sha256": digest(manifest),
-        "delta.manifest.size": str(size),
-        "delta.base_root": data["base"]["root"],
-        "delta.target_root": data["target"]["root"],
-        "delta.producer": data["producer"],
-    }
-    made: dict[str, Any] = {"__metadata__": about}
-    at = 0
-    for name, length in [*((p[0], p[1]) for p in data["parts"]), (_MANIFEST, len(manifest))]:
-        made[name] = {"dtype": "U8", "shape": [length], "data_offsets": [at, at + length]}
-        at += length
-    raw = json.dumps(made, separators=(",", ":")).encode()
-    space = max(space, -(-(len(raw) + 8) // 1024) * 1024)
-    return struct.pack("<Q", space - 8) + raw.ljust(space - 8)
-
-
-class PackageWriter:
-    """A package under construction at `path`.partial. names: of all parts that there may be, each written at most once."""
-
-    def __init__(self, path: Path, names: Iterable[str], *, overwrite: bool) -> None:
-        if path.exists() and not overwrite:
-            raise Refused(f"{path}: exists already", hint="choose another -o, or --overwrite to replace it")
-        if path.is_dir():
-            raise Refused(f"{path}: is a directory; a package is one file", hint=f"-o NAME{SUFFIX}")
-        self._path, self._partial = path, path.with_name(path.name + ".partial")
-        self._space = reserved(names)
-        if self._space > MAX_HEADER:
-            raise Refused(f"{path}: too many tensors for one file's header")
-        try:
-            self._file = open(self._partial, "w+b")  # noqa: SIM115  closed by `finish` or `abandon`
-        except OSError as problem:
-            raise Refused(f"{self._partial}: cannot be written: {problem.strerror}") from None
-        self._file.seek(self._space)
-        self.parts: list[tuple[str, int] | tuple[str, int, str]] = []
-        self._length = 0
-
-    def write(self, data: bytes) -> None:
-        """Append to the part that is being written."""
-        try:
-            self._file.write(data)
-        except OSError as problem:
-            raise Failed(f"{self._partial}: cannot be written: {problem.strerror}", hint="free some space first") from None
-        self._length += len(data)
-
-    def close_part(self, name: str) -> None:
-        """What was written since the last part is part `name`, whose chunks have checks; nothing at all makes none."""
-        if self._length:
-            self.parts.append((name, self._length))
-        self._length = 0
-
-    def discard(self) -> None:
-        """Forget what was written since the last part."""
-        self._file.seek(-self._length, os.SEEK_CUR)
-        self._file.truncate()
-        self._length = 0
-
-    def add(self, name: str, data: Any) -> None:
-        """A whole part, which may be empty: bytes, or a `Spool`."""
-        hashed = hashlib.sha256()
-        for piece in pieces(data):
-            self.write(piece)
-            hashed.update(piece)
-        self.parts.append((name, len(data), hashed.hexdigest()))
-        self._length = 0
-
-    def finish(self, data: dict[str, Any]) -> int:
-        """Write the manifest and the header, and put the package in its place. Returns its size."""
-        data["parts"] = [list(p) for p in self.parts]
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-        read_manifest(text, str(self._path))  # what would not be read is not written
-        packed = pack_text(text)
-        try:
-            self._file.write(packed)
-            header = header_of(data, packed, len(text), self._space)
-            if len(header) > self._space:
-                self._move(len(header))
-            size = self._file.tell()
-            self._file.seek(0)
-            self._file.write(header)
-            self._file.close()
-        except OSError as problem:
-            raise Failed(f"{self._partial}: cannot be written: {problem.strerror}", hint="free some space first") from None
-        self._partial.replace(self._path)
-        return size
-
-    def _move(self, space: int) -> None:
-        """Make more room for the header: lossy codecs name their parts only when they have made them."""
-        self._file.flush()
-        moved = self._partial.with_name(self._partial.name + ".moved")
-        with open(self._partial, "rb") as old, open(moved, "wb") as new:
-            old.seek(self._space)
-            new.seek(space)
-            shutil.copyfileobj(old, new, 1 << 20)
-        self._file.close()
-        moved.replace(self._partial)
-        self._file = open(self._partial, "r+b")  # noqa: SIM115
-        self._file.seek(0, os.SEEK_END)
-
-    def abandon(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-
 class Package:
-    """An opened package: manifest and header are checked, nothing else is read. Safe to share between threads."""
+    """An opened package: manifest and headers are checked, nothing else is read. Safe to share between threads.
+
+    location: a file, an index of shards, either with `#preview` (the first layer of a progressive package) or `#task`.
+    manifest: of what is asked for. Shards that it does not need may be missing.
+    """
 
     def __init__(self, location: str) -> None:
-        self.path = str(Path(os.path.expanduser(location)))
-        if not os.path.isfile(self.path):
-            raise Refused(f"{location}: no such package")
-        self._fd = os.open(self.path, os.O_RDONLY)
-        self.size = os.fstat(self._fd).st_size
-        header = read_header(self.path)
-        about = header.metadata
-        if about.get("delta.spec") != str(SPEC) or _MANIFEST not in header.tensors:
-            spec = about.get("delta.spec")
-            what = "is no delta package" if spec is None else f"is of spec {spec!r}, this version reads {SPEC}"
-            raise Refused(f"{self.path}: {what}", hint="`surgery delta pack` makes packages" if spec is None else None)
-        self._stored = header.tensors
-        packed = self.read(_MANIFEST)
-        if digest(packed) != about.get("delta.manifest.sha256"):
-            raise bad(self.path, "its manifest is damaged")
-        stated = about.get("delta.manifest.size", "")
-        if not stated.isdecimal() or len(stated) > 12 or int(stated) > _RATIO * len(packed) + (1 << 16):
-            raise bad(self.path, "states an impossible size of its manifest")
+        path, self.view = shards.split(str(location))
+        self.path = str(Path(os.path.expanduser(path)))
+        self._fds: dict[int, int] = {}
+        self._stored: dict[str, tuple[int, Stored]] = {}
+        index = shards.index_of(Path(self.path))
+        sharded = (not os.path.isfile(self.path) and index.is_file()) or self.path.endswith(INDEX)
+        if not os.path.isfile(index if sharded else self.path):
+            raise Refused(f"{path}: no such package")
+        said = _read_index(index) if sharded else None
+        count = 1 if said is None else _count(said, str(index))
+        stem = shards.stem_of(Path(self.path))
+        self.files = [self.path] if said is None else [
+            str(index.with_name(shard_name(stem, i, count))) for i in range(1, count + 1)
+        ]  # fmt: skip
+        header = self._open(0)
+        packed, stated = self._manifest(header)
         self.sha256 = digest(packed)
-        self.manifest: Manifest = read_manifest(self._unpacked(packed, int(stated), "the manifest"), self.path)
-        space = 8 + len(header.raw)
-        if header_of(self.manifest.data, packed, int(stated), space)[8:] != header.raw:
-            raise bad(self.path, "its header is not the one that belongs to its manifest")
-
-        self._hashes = {name: wanted for name, _, wanted in self.manifest.parts}
-        self._kept: dict[str, Mapping[str, Any]] = {}
+        self.whole: Manifest = read_manifest(self._unpacked(packed, stated, "the manifest"), self.path)
+        data = self.whole.data
+        if len(data.get("shards", "1")) != count:
+            raise bad(str(index), f"tells of {count} shards, the manifest of {len(data.get('shards', '1'))}")
+        self._hashes = {name: wanted for name, _, wanted in self.whole.parts}
+        self.manifest = self._viewed()
+        used = {MANIFEST} | (self._hashes.keys() if not self.view else self.manifest.used())
+        for number, parts in enumerate(shards.held(data, packed), 1):
+            if number > 1 and not used & {name for name, _ in parts}:
+                continue
+            header = header if number == 1 else self._open(number - 1)
+            if header_of(data, packed, stated, 8 + len(header.raw), number)[8:] != header.raw:
+                raise bad(self.files[number - 1], "its header is not the one that belongs to its manifest")
+        if said is not None and shards.index(data, packed, stated, stem) != said:
+            raise bad(str(index), "is not the index that belongs to its shards")
+        self._kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
         self._lock = threading.Lock()
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone before this is
-        if hasattr(self, "_fd"):
-            close(self._fd)
+        for fd in getattr(self, "_fds", {}).values():
+            close(fd)
+
+    def _open(self, number: int) -> Header:
+        """Open a file, by its place in `files`; its header."""
+        path = self.files[number]
+        if not os.path.isfile(path):
+            raise Refused(f"{path}: a shard of the package is missing", hint="fetch all files that its index names")
+        header = read_header(path)
+        about, spec = header.metadata, header.metadata.get("delta.spec")
+        if spec not in map(str, SPECS):
+            what = "is no delta package" if spec is None else f"is of spec {spec!r}, this version reads {SPECS[-1]}"
+            raise Refused(f"{path}: {what}", hint="`surgery delta pack` makes packages" if spec is None else None)
+        if "delta.shard" in about and len(self.files) == 1:
+            whole = shards.whole_of(Path(path))
+            hint = None if whole is None else f"name {whole}"
+            raise Refused(f"{path}: is shard {about['delta.shard']} of a package", hint=hint)
+        self._fds[number] = os.open(path, os.O_RDONLY)
+        self._stored |= {name: (number, stored) for name, stored in header.tensors.items()}
+        return header
+
+    def _manifest(self, header: Header) -> tuple[bytes, int]:
+        """(compressed, bytes before that) of the manifest."""
+        if MANIFEST not in header.tensors:
+            raise bad(self.files[0], "has no manifest")
+        packed = self.read(MANIFEST)
+        if digest(packed) != header.metadata.get("delta.manifest.sha256"):
+            raise bad(self.files[0], "its manifest is damaged")
+        stated = header.metadata.get("delta.manifest.size", "")
+        if not stated.isdecimal() or len(stated) > 12 or int(stated) > _RATIO * len(packed) + (1 << 16):
+            raise bad(self.files[0], "states an impossible size of its manifest")
+        return packed, int(stated)
+
+    def _viewed(self) -> Manifest:
+        views = self.whole.views()
+        if not self.view:
+            return self.whole
+        if self.view not in views:
+            there = sorted(v for v in views if v)
+            raise Refused(
+                f"{self.path}: there is no `{self.view}` in it",
+                hint=did_you_mean(self.view, there) if there else "it makes one model: leave the # out",
+            )
+        return views[self.view]
+
+    def one(self) -> Manifest:
+        """The manifest of one target. Raises Refused where there are several and none was asked for."""
+        if self.manifest.tasks:
+            names = ", ".join(self.manifest.tasks)
+            hint = f"name one: {self.path}#{next(iter(self.manifest.tasks))}"
+            raise Refused(f"{self.path}: holds several tasks: {names}", hint=hint)
+        return self.manifest
+
+    @property
+    def label(self) -> str:
+        """What plans call it."""
+        stem = shards.stem_of(Path(self.path))
+        return f"{stem}.{self.view}" if self.view else stem
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that are open: those that the view needs."""
+        index = shards.index_of(Path(self.path))
+        return sum(os.fstat(fd).st_size for fd in self._fds.values()) + (index.stat().st_size if len(self.files) > 1 else 0)
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same is made."""
+        return shards.location_of(self.sha256, self.view)
 
     @property
     def mode(self) -> str:
@@ -205,36 +161,40 @@ class Package:
 
     def read(self, part: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes of a part. Raises Refused where the file is shorter than it was."""
-        stored = self._stored[part]
+        number, stored = self._stored[part]
+        fd = self._fds[number]
         length = stored.nbytes - start if length is None else length
-        made = os.pread(self._fd, length, stored.offset + start)
+        made = os.pread(fd, length, stored.offset + start)
         while len(made) < length:
-            more = os.pread(self._fd, length - len(made), stored.offset + start + len(made))
+            more = os.pread(fd, length - len(made), stored.offset + start + len(made))
             if not more:
-                raise bad(self.path, f"ends inside `{part}`")
+                raise bad(self.files[number], f"ends inside `{part}`")
             made += more
         return made
 
-    def payload(self, tensor: str, shorts: tuple[str, ...]) -> Mapping[str, Any]:
-        """All parts of a lossy tensor, checked; large ones stay on disk. Those of the last few tensors are kept."""
+    def payload(self, names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Parts of a delta that is coded whole, by the last component of their names, checked. The last few are kept.
+
+        Large ones stay on disk.
+        """
         with self._lock:
-            if tensor in self._kept:
-                return self._kept[tensor]
+            if names in self._kept:
+                return self._kept[names]
         made: dict[str, Any] = {}
-        for short in shorts:
-            name = f"tensor/{tensor}/{short}"
-            stored, hashed = self._stored[name], hashlib.sha256()
-            large = stored.nbytes > HELD
-            made[short] = Spool(self._fd, stored.offset, stored.nbytes) if large else self.read(name)
+        for name in names:
+            number, stored = self._stored[name]
+            large, hashed = stored.nbytes > HELD, hashlib.sha256()
+            data = Spool(self._fds[number], stored.offset, stored.nbytes) if large else self.read(name)
             try:
-                for piece in pieces(made[short]):
+                for piece in pieces(data):
                     hashed.update(piece)
             except ValueError:
                 raise bad(self.path, f"ends inside `{name}`") from None
             if hashed.hexdigest() != self._hashes[name]:
-                raise bad(self.path, f"`{tensor}` is damaged")
+                raise bad(self.path, f"`{name}` is damaged")
+            made[name.rpartition("/")[2]] = data
         with self._lock:
-            self._kept[tensor] = made
+            self._kept[names] = made
             while len(self._kept) > _KEPT:
                 del self._kept[next(iter(self._kept))]
         return made
@@ -261,10 +221,10 @@ class Package:
     def headers(self) -> list[tuple[str, bytes, int, dict[str, Stored]]]:
         """(file, header bytes, size, tensors) of the target's weight files; they agree with the manifest's tensors."""
         made, seen = [], set()
-        for i, file in enumerate(self.manifest.data["target"]["files"]):
+        for i, file in enumerate(self.one().data["target"]["files"]):
             if file["header"] > MAX_HEADER:
                 raise bad(self.path, f"`{file['path']}` has an impossible header")
-            raw = self.text(f"header/{i}", file["header"])
+            raw = self.text(f"{self.manifest.prefix}header/{i}", file["header"])
             try:
                 tensors = parse_header(raw, file["size"], file["path"]).tensors
             except Refused as problem:
@@ -278,3 +238,20 @@ class Package:
         if seen != self.manifest.entries.keys():
             raise bad(self.path, "has tensors that lie in none of its files")
         return made
+
+
+def _read_index(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise bad(str(path), "is too large for an index")
+    return path.read_bytes()
+
+
+def _count(index: bytes, where: str) -> int:
+    """How many shards an index tells of."""
+    try:
+        said = json.loads(index)["metadata"]["delta.shards"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise bad(where, "is not the index of a package") from None
+    if not isinstance(said, str) or not said.isdecimal() or len(said) > 5 or not 2 <= int(said) <= MOST:
+        raise bad(where, f"tells of {said!r} shards")
+    return int(said)

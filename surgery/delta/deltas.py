@@ -11,8 +11,8 @@ import numpy as np
 from surgery.delta import fingerprint
 from surgery.delta.codecs.base import Coded
 from surgery.delta.coding import Pairing, Readers, delta_of
+from surgery.delta.entries import unknown
 from surgery.delta.match import match
-from surgery.delta.pack import unknown
 from surgery.delta.rebuild import added, stored_tensors
 from surgery.delta.reference import Array
 from surgery.engine import convert

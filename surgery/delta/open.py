@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.alone import DeltaNode
 from surgery.delta.container import Package, is_package
 from surgery.delta.rebuild import PackageNode
@@ -17,7 +16,8 @@ def package(location: str, label: str | None, where: Mapping[str, str]) -> Node 
     if not is_package(location):
         return None
     found = Package(location)
-    if found.mode == "exact":
+    found.one()
+    if found.mode in ("exact", "progressive"):
         raise Refused(
             f"{location}: is an exact package: its numbers mean something only together with its base",
             hint="name the base: {source: PACKAGE, base: BASE} in recipes, surgery.open(package, base=...) in Python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ import numpy as np
 
 from surgery.checkpoint.source import FileState, Source
 from surgery.checkpoint.stored import Stored
-from surgery.delta import fingerprint, lossy  # noqa: F401  registers the codecs
-from surgery.delta.codecs.base import LOSSY, Coded
-from surgery.delta.codecs.exact import ALONE, EXACT
+from surgery.delta import fingerprint
+from surgery.delta.codecs.exact import ALONE, EXACT, Hint
 from surgery.delta.container import Package
+from surgery.delta.decode import chunk_payload, decoded
 from surgery.delta.manifest import Entry, Tensor, bad
 from surgery.delta.reference import Array, check_leaf, leaf_range, reference
 from surgery.engine import convert
@@ -25,7 +26,6 @@ from surgery.errors import Refused
 from surgery.graph.expr import Derived, Expr, Fetch, Read
 from surgery.graph.node import Node, SourceNode
 
-_SPARE = 1 << 16
 _last = threading.local()  # the chunk that each thread made last: engine pieces are smaller than chunks
 
 
@@ -42,7 +42,7 @@ class Rebuilt(Derived):
 
     @property
     def identity(self) -> str:
-        return f"{self.package.sha256}/{self.entry.target.name}"
+        return f"{self.package.identity}/{self.entry.target.name}"
 
     def bits(self, fetch: Fetch, start: int, stop: int) -> Array:
         size, step = self.dtype.size, fingerprint.step_of(self.shape)
@@ -71,7 +71,8 @@ class Rebuilt(Derived):
 
     def _make(self, fetch: Fetch, start: int, stop: int) -> Array:
         entry, base = self.entry, self.entry.base
-        payload = None if entry.same or entry.lossy else self._payload(start, stop)
+        stored = None if entry.same else next((c for c in entry.chunked() if not entry.masked), None)
+        payload = None if stored is None else chunk_payload(self.package, entry, *stored, start)
         if base is None:
             assert payload is not None
             made = self._exact(payload, None, stop - start)
@@ -82,11 +83,13 @@ class Rebuilt(Derived):
         if len(raw) and not implied:
             check_leaf(base, start, raw, self.base_name)
         try:
-            ref = reference(base, entry.target, raw, stop - start)
-            if payload is not None:
-                made = self._exact(payload, ref, stop - start)
-            else:
-                made = ref.copy() if entry.same else self._lossy(ref, start, stop)
+            ref, hint = reference(base, entry.target, raw, stop - start), None
+            if entry.lossy:
+                delta = np.ascontiguousarray(decoded(self.package, entry, start, stop), np.float32)
+                if entry.residual is not None:
+                    hint = Hint(ref, delta, bound_of((entry.layer or {})["facts"]))
+                ref = added(ref, delta, self.dtype)
+            made = ref.copy() if payload is None else self._exact(payload, ref, stop - start, hint)
             self._check(start, made)
         except Refused:
             if implied:  # whose fault is it?
@@ -102,34 +105,14 @@ class Rebuilt(Derived):
             return False
         return not payload or payload[0] != ALONE
 
-    def _payload(self, start: int, stop: int) -> bytes:
-        """What is stored of a chunk that is coded exactly, checked."""
-        layer, target = self.entry.layer, self.entry.target
-        assert layer is not None
-        i = start // fingerprint.step_of(self.shape)
-        lengths = layer["lengths"]
-        length = lengths[i]
-        if length > 2 * (stop - start) * self.dtype.size + _SPARE:
-            raise bad(self.package.path, f"a chunk of `{target.name}` states an impossible size")
-        payload = self.package.read(f"tensor/{target.name}/data", sum(lengths[:i]), length) if length else b""
-        if fingerprint.digest(payload)[:16] != layer["checks"][16 * i : 16 * i + 16]:
-            raise bad(self.package.path, f"`{target.name}` is damaged")
-        return payload
-
-    def _exact(self, payload: bytes, ref: Array | None, count: int) -> Array:
-        layer, target = self.entry.layer, self.entry.target
+    def _exact(self, payload: bytes, ref: Array | None, count: int, hint: Hint | None = None) -> Array:
+        layer, target = self.entry.residual or self.entry.layer, self.entry.target
         assert layer is not None
         try:
-            made = EXACT[layer["codec"]].decode(payload, ref, self.dtype, count)
+            made = EXACT[layer["codec"]].decode(payload, ref, self.dtype, count, hint)
         except Refused as problem:
             raise bad(self.package.path, f"`{target.name}`: {problem.message}") from None
         return made.copy() if made is ref else made
-
-    def _lossy(self, ref: Array | None, start: int, stop: int) -> Array:
-        layer, base = self.entry.layer, self.entry.base
-        assert layer is not None and base is not None and ref is not None
-        delta = decoded(self.package, self.entry, start, stop)
-        return added(ref, delta, self.dtype)
 
     def _check(self, start: int, made: Array) -> None:
         target = self.entry.target
@@ -138,20 +121,6 @@ class Rebuilt(Derived):
                 f"{self.package.path}: `{target.name}` comes out other than it was packed",
                 hint="the package is damaged, or this machine computes wrongly; nothing has been published",
             )
-
-
-def decoded(package: Package, entry: Entry, start: int, stop: int) -> Array:
-    """Elements of a lossy tensor's delta (float32). Raises Refused for a codec that is not known, and for what it refuses."""
-    layer = entry.layer
-    assert layer is not None
-    codec = LOSSY.get(layer["codec"])
-    if codec is None:
-        raise Refused(f"{package.path}: coded with `{layer['codec']}`, which is not known here", hint="use a newer version")
-    coded = Coded(package.payload(entry.target.name, tuple(layer["parts"])), layer["facts"])
-    try:
-        return codec.decode(coded, entry.target.shape, layer["key"], start, stop)
-    except Refused as problem:
-        raise bad(package.path, problem.message) from None
 
 
 def added(base: Array, delta: Array, dtype: Any) -> Array:
@@ -163,14 +132,21 @@ def added(base: Array, delta: Array, dtype: Any) -> Array:
     return made
 
 
+def bound_of(facts: Mapping[str, Any]) -> float:
+    """The bound of a lossy layer's error before rounding, as its facts state it; 0 if they do not."""
+    error = facts.get("error")
+    bound = error.get("bound") if isinstance(error, Mapping) else None
+    return float(bound) if isinstance(bound, int | float) and 0 < bound < 1e30 else 0.0
+
+
 class PackageNode(Node):
     """A package on its base: weights."""
 
     verb = "PACKAGE"
 
     def __init__(self, package: Package, base: Node, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
-        super().__init__(label or Path(package.path).name.removesuffix(".delta.safetensors"), where)
-        self.package, self.inputs = package, (base,)
+        super().__init__(label or package.label, where)
+        self.package, self.inputs, self.manifest = package, (base,), package.one()
         self.stored = stored_tensors(base)
         if base.space != "weights":
             raise self.refuse("the base of a package must be weights, not a delta")
@@ -178,12 +154,12 @@ class PackageNode(Node):
 
     def _check_shapes(self) -> None:
         """Refuse, from headers alone, a base that cannot be the right one."""
-        said = self.package.manifest.data["base"]
+        said = self.manifest.data["base"]
         found = fingerprint.shape_hash((n, e.dtype, e.shape) for n, e in self.stored.items())
         if found == said["shapes"]:
             return
         hint = f"it was made from {base_text(said)}"
-        for t in self.package.manifest.base_tensors():
+        for t in self.manifest.base_tensors():
             e = self.stored.get(t.name)
             if e is None:
                 raise self.refuse(f"{self.base_label} is not the base of {self.package.path}: it has no `{t.name}`", hint=hint)
@@ -204,7 +180,7 @@ class PackageNode(Node):
         return self.inputs[0].label or self.inputs[0].text or "the base"
 
     def _build(self) -> dict[str, Expr]:
-        entries = self.package.manifest.entries
+        entries = self.manifest.entries
         order = [name for _, _, _, tensors in self.package.headers for name in tensors]
         made: dict[str, Expr] = {}
         for name in order:
@@ -221,15 +197,15 @@ class PackageNode(Node):
 
     @property
     def identity(self) -> str:
-        return self.package.sha256
+        return self.package.identity
 
     def file(self, path: str) -> bytes | None:
         """The content of a small file of the target (config, tokenizer, …), None if there is none of that name."""
-        said = self.package.manifest.data["files"].get(path)
+        said = self.manifest.data["files"].get(path)
         if said is None:
             return None
         if said["from"] == "package":
-            return self.package.text(f"file/{path}", said["size"], said["sha256"])
+            return self.package.text(f"{self.manifest.prefix}file/{path}", said["size"], said["sha256"])
         donor = self.inputs[0].donor
         place = None if donor is None or donor.directory is None else donor.directory / path
         if isinstance(self.inputs[0], PackageNode):
@@ -260,13 +236,13 @@ class PackageNode(Node):
     def _donor(self) -> Source:
         self._folder = tempfile.TemporaryDirectory(prefix="surgery-")  # lives as long as this node
         folder = Path(self._folder.name)
-        for path in self.package.manifest.data["files"]:
+        for path in self.manifest.data["files"]:
             if "/" not in path:
                 (folder / path).write_bytes(self.file(path) or b"")
-        tensors = {n: Stored(n, e.target.dtype, e.target.shape, self.package.path, 0)
-                   for n, e in self.package.manifest.entries.items()}  # fmt: skip
-        files = {self.package.path: FileState.of(self.package.path)}
-        return Source(self.package.path, self.label or "package", folder, tensors, files, self.package.sha256)
+        first = self.package.files[0]
+        tensors = {n: Stored(n, e.target.dtype, e.target.shape, first, 0) for n, e in self.manifest.entries.items()}
+        files = {path: FileState.of(path) for path in self.package.files if os.path.isfile(path)}
+        return Source(first, self.label or "package", folder, tensors, files, self.package.identity)
 
     @property
     def donor(self) -> Source:

@@ -8,40 +8,70 @@ from math import prod, sqrt
 from typing import Any
 
 from surgery.delta.container import Package
-from surgery.delta.manifest import Entry
+from surgery.delta.manifest import Entry, Manifest
 from surgery.engine.scan import layers
 
 
 def overview(package: Package) -> dict[str, Any]:
-    """The package as plain data, for `inspect`."""
-    data = package.manifest.data
-    sizes = {name: length for name, length, _ in package.manifest.parts}
-    tensors = {name: _tensor(e, sizes) for name, e in package.manifest.entries.items()}
-    model = sum(t["model_bytes"] for t in tensors.values())
-    grouped = layers({name: e.target.shape for name, e in package.manifest.entries.items()})
-    codecs: dict[str, list[dict[str, Any]]] = {}
-    for t in tensors.values():
-        codecs.setdefault(t["codec"], []).append(t)
-    return {
+    """The package as plain data, for `inspect`. Of several tasks without one being asked for: each under `tasks`."""
+    data, manifest = package.manifest.data, package.manifest
+    sizes = {name: length for name, length, _ in manifest.parts}
+    made: dict[str, Any] = {
         "package": package.path,
+        "view": package.view or None,
         "sha256": package.sha256,
         "spec": data["spec"],
         "mode": data["mode"],
         "producer": data["producer"],
         "bytes": package.size,
-        "model_bytes": model,
-        "ratio": model / package.size,
+        "shards": len(package.files),
         "base": dict(data["base"]),
+        "evaluation": dict(data["evaluation"]) if "evaluation" in data else None,
+        "calibration": dict(data["calibration"]) if "calibration" in data else None,
+    }
+    if manifest.shared:
+        made["method"] = data["method"]
+        made["shared"] = {name: _shared(name, said, sizes) for name, said in manifest.shared.items()}
+    if manifest.tasks:
+        made["tasks"] = {task: _target(one, sizes, package.size) for task, one in manifest.tasks.items()}
+        made["model_bytes"] = sum(t["model_bytes"] for t in made["tasks"].values())
+        return made | {"ratio": made["model_bytes"] / package.size}
+    made |= _target(manifest, sizes, package.size)
+    if manifest.mode == "progressive":
+        first = manifest.preview()
+        made["preview"] = {
+            "bytes": sum(sizes[part] for part in first.used()),
+            "root": first.data["target"]["root"],
+            "total": _target(first, sizes, package.size)["total"],
+        }
+    return made
+
+
+def _target(manifest: Manifest, sizes: Mapping[str, int], size: int) -> dict[str, Any]:
+    """What is made of the base: one model."""
+    data = manifest.data
+    tensors = {name: _tensor(e, sizes) for name, e in manifest.entries.items()}
+    model = sum(t["model_bytes"] for t in tensors.values())
+    codecs: dict[str, list[dict[str, Any]]] = {}
+    for t in tensors.values():
+        codecs.setdefault(t["codec"], []).append(t)
+    grouped = layers({name: e.target.shape for name, e in manifest.entries.items()})
+    return {
+        "model_bytes": model,
+        "ratio": model / size,
         "target": {"root": data["target"]["root"], "files": [dict(f) for f in data["target"]["files"]]},
         "codecs": {codec: _sum(found) for codec, found in codecs.items()},
         "layers": {layer: _sum([tensors[n] for n in names]) for layer, names in grouped.items()},
         "total": _sum(tensors.values()),
-        "evaluation": dict(data["evaluation"]) if "evaluation" in data else None,
-        "calibration": dict(data["calibration"]) if "calibration" in data else None,
         "tensors": list(tensors.values()),
         "dropped": list(data["dropped"]),
         "files": {path: dict(file) for path, file in data["files"].items()},
     }
+
+
+def _shared(name: str, said: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    held, count = sum(sizes[f"shared/{name}/{part}"] for part in said["parts"]), prod(said["shape"])
+    return {"codec": said["codec"], "shape": list(said["shape"]), "bytes": held, "bits": 8.0 * held / count if count else 0.0}
 
 
 def _tensor(entry: Entry, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -54,13 +84,13 @@ def _tensor(entry: Entry, sizes: Mapping[str, int]) -> dict[str, Any]:
         "shape": list(target.shape),
         "elements": count,
         "kind": _kind(entry),
-        "codec": "same" if entry.same else "alias" if entry.alias else str((layer or {})["codec"]),
+        "codec": _codec(entry),
         "bytes": held,
         "model_bytes": target.nbytes,
         "bits": 8.0 * held / count if count else 0.0,
         "limit_bytes": _limit(entry, held),
         "limit_bits": 8.0 * _limit(entry, held) / count if count else 0.0,
-        "error": dict(layer["error"]) if entry.lossy and layer is not None else None,
+        "error": dict(layer["error"]) if entry.lossy and layer is not None and entry.residual is None else None,
         "sha256": target.sha256,
     }
     if base is not None and base.name != target.name:
@@ -80,6 +110,13 @@ def _limit(entry: Entry, held: int) -> int:
     return held if entry.layer is None or entry.lossy else int(entry.layer.get("limit", held))
 
 
+def _codec(entry: Entry) -> str:
+    if entry.layer is None:
+        return "same" if entry.same else "alias"
+    codec = str(entry.layer["codec"])
+    return codec if entry.residual is None else f"{codec} + {entry.residual['codec']}"
+
+
 def _kind(entry: Entry) -> str:
     if entry.same:
         return "same"
@@ -87,7 +124,7 @@ def _kind(entry: Entry) -> str:
         return "alias"
     if entry.base is None:
         return "new"
-    return "lossy" if entry.lossy else "changed"
+    return "lossy" if entry.lossy and entry.residual is None else "changed"
 
 
 def _sum(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

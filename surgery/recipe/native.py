@@ -132,8 +132,12 @@ def _model(document: Document, name: str, known: dict[str, Node], above: list[st
 
 def _beside(document: Document, source: str) -> str:
     """Paths are relative to the recipe."""
+    if os.path.isabs(source):
+        return source
     beside = document.path.parent / source
-    return str(beside) if not os.path.isabs(source) and beside.exists() else source
+    file = document.path.parent / source.partition("#")[0]  # a view of a delta package, which may lie in shards
+    there = beside.exists() or file.is_file() or file.with_name(f"{file.name}.index.json").is_file()
+    return str(beside) if there else source
 
 
 def _step(document: Document, name: str, known: Mapping[str, Node], order: list[str]) -> Node:

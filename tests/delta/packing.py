@@ -11,9 +11,10 @@ import numpy as np
 from helpers import BF16, Tensors, llama_config, llama_tensors, tokens, write_checkpoint
 
 from surgery.delta.codecs.stream import pack_text
-from surgery.delta.container import Package, header_of
+from surgery.delta.container import Package
 from surgery.delta.pack import pack
 from surgery.delta.rebuild import PackageNode
+from surgery.delta.shards import header_of
 from surgery.inputs import open_node
 
 

@@ -15,7 +15,7 @@ import surgery
 from surgery.delta.apply import apply, verify
 from surgery.delta.check import verify_package
 from surgery.delta.container import Package
-from surgery.delta.manifest import SCHEMA
+from surgery.delta.schema import SCHEMA
 from surgery.errors import Failed, Refused
 
 
@@ -248,7 +248,7 @@ def test_outputs_are_not_overwritten_unasked(made, tmp_path):
 
 def test_a_full_disk_leaves_no_package(made, tmp_path, monkeypatch):
     base, tuned, _ = made
-    from surgery.delta import container
+    from surgery.delta import write
 
     def full(self, data):
         raise OSError(28, "No space left on device")
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_no_package(made, tmp_path, monkeypatch):
         write = full
 
     opened = open
-    monkeypatch.setattr(container, "open", lambda *a, **k: Full(opened(*a, **k)), raising=False)
+    monkeypatch.setattr(write, "open", lambda *a, **k: Full(opened(*a, **k)), raising=False)
     with pytest.raises(Failed, match="No space left"):
         packed(base, tuned, tmp_path / "p.delta.safetensors")
     assert os.listdir(tmp_path) == []

@@ -16,7 +16,8 @@ from surgery.delta.calibration.fit import Fitted, fit_to_statistics, fit_to_text
 from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.calibration.probe import Probe
 from surgery.delta.deltas import Deltas
-from surgery.delta.pack import Choose, unknown
+from surgery.delta.entries import unknown
+from surgery.delta.pack import Choose
 from surgery.delta.rebuild import stored_tensors
 from surgery.errors import Refused
 from surgery.graph.node import Node

@@ -44,13 +44,13 @@ _SMALL = 0.7  # share of small numbers from which on other forms than plain symb
 _TINY = 64  # … unless a byte holds more numbers than this already
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     last: int  # the highest key in it
     shift: int
     flags: int
 
 
-def _keys(b: Array, classes: Array, row: int, dtype: DType) -> Array:
+def keys(b: Array, classes: Array, row: int, dtype: DType) -> Array:
     """The key of every number (uint8)."""
     form = ulp.form_of(dtype)
     assert form is not None
@@ -77,7 +77,7 @@ class _Order:
     """Numbers by block, key and position: where each group's go. sizes: numbers of each key; `cut` says what the groups are."""
 
     def __init__(self, b: Array, classes: Array, row: int, dtype: DType) -> None:
-        self._keys = _keys(b, classes, row, dtype)
+        self._keys = keys(b, classes, row, dtype)
         self._blocks = list(_in_order(self._keys))
         self.sizes = np.diff(sum(bounds for _, _, bounds in self._blocks))
 
@@ -135,7 +135,7 @@ def _order(b: Array, classes: Array, row: int, dtype: DType) -> _Order:
     return (_Order if fast.kernels(b.itemsize) is None else _FastOrder)(b, classes, row, dtype)
 
 
-def _context_row(row: int, count: int) -> int:
+def context_row(row: int, count: int) -> int:
     """How many numbers share a class: a tensor's row, several short ones, or part of a long one."""
     if row > _LONGEST:
         parts = -(-row // 32768)
@@ -145,7 +145,7 @@ def _context_row(row: int, count: int) -> int:
     return max(1, min(row, count, _LONGEST))
 
 
-def _classes(t: Array, b: Array, row: int, dtype: DType) -> Array:
+def classes(t: Array, b: Array, row: int, dtype: DType) -> Array:
     """2 log2 of the root mean square change of each row, rounded; what is not finite counts as no change in size."""
     moved = ulp.moved(t, b, dtype)
     whole = len(moved) // row * row
@@ -163,7 +163,7 @@ def _classes(t: Array, b: Array, row: int, dtype: DType) -> Array:
     return np.where(sums > 0, np.clip(found, -8192, 8192), UNCHANGED).astype("<i2")
 
 
-def _cut(counts: Array) -> list[int]:
+def cut(counts: Array) -> list[int]:
     """The highest key of each group: as many groups as have enough numbers in them."""
     lasts, filled = [], 0
     for key in np.flatnonzero(counts):
@@ -177,27 +177,27 @@ def _cut(counts: Array) -> list[int]:
 def encode(t: Array, b: Array, dtype: DType, row: int) -> tuple[bytes, float]:
     """The frames for words `t` with reference `b`, and the bits that no code for single symbols can do without. row: numbers
     in a row of the tensor."""
-    row = _context_row(row, t.size)
+    row = context_row(row, t.size)
     with np.errstate(invalid="ignore", over="ignore"):
-        classes = _classes(t, b, row, dtype)
+        scales = classes(t, b, row, dtype)
     zigzag = ulp.differences(t, b, dtype)
-    order = _order(b, classes, row, dtype)
-    lasts = _cut(order.sizes)
+    order = _order(b, scales, row, dtype)
+    lasts = cut(order.sizes)
     if len(lasts) == 1:
         members = [zigzag]
     else:
         order.cut(lasts)
         members = order.grouped(zigzag)
     body = Frames()
-    groups = [_encode_group(body, values) for values in members]
-    head = [np.array([row], "<u2").view(np.uint8), classes.view(np.uint8), np.array([len(lasts) - 1], np.uint8)]
-    head += [np.array([last, shift, flags], np.uint8) for last, (shift, flags, _) in zip(lasts, groups, strict=True)]
+    made = [encode_group(body, values) for values in members]
+    head = [np.array([row], "<u2").view(np.uint8), scales.view(np.uint8), np.array([len(lasts) - 1], np.uint8)]
+    head += [np.array([last, shift, flags], np.uint8) for last, (shift, flags, _) in zip(lasts, made, strict=True)]
     body.add(np.concatenate(head))
-    least = sum(_least(values, shift) for values, (shift, _, _) in zip(members, groups, strict=True))
-    return b"".join((body.take(), *(coded for _, _, coded in groups))), least
+    limit = sum(least(values, shift) for values, (shift, _, _) in zip(members, made, strict=True))
+    return b"".join((body.take(), *(coded for _, _, coded in made))), limit
 
 
-def _least(values: Array, shift: int) -> float:
+def least(values: Array, shift: int) -> float:
     """Bits of a group: the entropy of its symbols; escapes and what lies below the symbols as they are."""
     if not len(values):
         return 0.0
@@ -216,7 +216,7 @@ def _in_order(keys: Array) -> Iterator[tuple[slice, Array, Array]]:
         yield here, order, np.searchsorted(keys[here][order], _ALL_KEYS)
 
 
-def _encode_group(frames: Frames, values: Array) -> tuple[int, int, bytes]:
+def encode_group(frames: Frames, values: Array) -> tuple[int, int, bytes]:
     """(shift, flags, frames) of a group. Where values are small all forms are tried: no Huffman code is shorter than a bit."""
     sample = values[:: max(1, len(values) // _SEEN)]
     shift = _shift_of(sample)
@@ -304,26 +304,31 @@ def decode(frames: Unframed, b: Array, dtype: DType) -> Array:
     row = int(frames.take(1, "<u2")[0])
     if not row:
         raise damaged("rows of no elements")
-    classes = frames.take(-(-b.size // row), "<i2")
-    count = int(frames.take(1)[0]) + 1
-    groups = [_Group(*map(int, frames.take(3))) for _ in range(count)]
-    lasts = [g.last for g in groups]
-    if lasts[-1] != 255 or any(a >= z for a, z in pairwise(lasts)):
-        raise damaged("groups out of order")
-    if any(g.shift > 8 * b.itemsize - 8 or g.flags & ~(MASKED | PAIRED) for g in groups):
-        raise damaged("a group of an unknown kind")
-    if count == 1:
+    scales = frames.take(-(-b.size // row), "<i2")
+    found = groups(frames, int(frames.take(1)[0]) + 1, b.itemsize)
+    if len(found) == 1:
         zigzag = np.empty_like(b)
-        _get(frames, groups[0], zigzag)
+        get(frames, found[0], zigzag)
         return ulp.restored(zigzag, b, dtype)
-    order = _order(b, classes, row, dtype)
+    order = _order(b, scales, row, dtype)
     zigzag = np.empty_like(b)
-    for (first, end), group in zip(pairwise(order.cut(lasts)), groups, strict=True):
-        _get(frames, group, zigzag[first:end])
+    for (first, end), group in zip(pairwise(order.cut([g.last for g in found])), found, strict=True):
+        get(frames, group, zigzag[first:end])
     return order.restored(zigzag, b, dtype)
 
 
-def _get(frames: Unframed, group: _Group, out: Array) -> None:
+def groups(frames: Unframed, count: int, itemsize: int) -> list[Group]:
+    """The next groups' descriptions. Raises Refused for what cannot be."""
+    found = [Group(*map(int, frames.take(3))) for _ in range(count)]
+    lasts = [g.last for g in found]
+    if lasts[-1] != 255 or any(a >= z for a, z in pairwise(lasts)):
+        raise damaged("groups out of order")
+    if any(g.shift > 8 * itemsize - 8 or g.flags & ~(MASKED | PAIRED) for g in found):
+        raise damaged("a group of an unknown kind")
+    return found
+
+
+def get(frames: Unframed, group: Group, out: Array) -> None:
     """The differences of a group into `out`."""
     mask = None
     kind, wanted = out.dtype, out.size

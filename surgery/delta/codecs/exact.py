@@ -9,24 +9,34 @@ rotated left by one bit, so that sign and mantissa share a byte and the exponent
 plain (mode 2): zigzag differences (`surgery.delta.codecs.ulp`) as byte planes, the highest first.
 
 context (mode 3): zigzag differences, grouped by how large they are expected to be: see `surgery.delta.codecs.context`.
+
+hinted (mode 4): only where a lossy layer comes before: see `surgery.delta.codecs.hinted`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import DType
-from surgery.delta.codecs import context, fast, ulp
+from surgery.delta.codecs import context, fast, hinted, ulp
 from surgery.delta.codecs.stream import Frames, Unframed, damaged
 
 Array = NDArray[Any]
 
-ALONE, PLAIN, CONTEXT = 1, 2, 3
+ALONE, PLAIN, CONTEXT, HINTED = 1, 2, 3, 4
 _SAMPLE = 1 << 14  # numbers in each of four samples
+
+
+class Hint(NamedTuple):
+    """A lossy layer: the base's bytes, in the target's type, the float32 delta that it adds, the bound of its error or 0."""
+
+    base: Array
+    delta: Array
+    bound: float
 
 
 class Exact(Protocol):
@@ -41,10 +51,13 @@ class Exact(Protocol):
 
     def encode(self, target: Array, base: Array | None, dtype: DType, row: int) -> bytes: ...
 
-    def decode(self, payload: bytes | memoryview, base: Array | None, dtype: DType, count: int) -> Array: ...
+    def decode(
+        self, payload: bytes | memoryview, base: Array | None, dtype: DType, count: int, hint: Hint | None = None
+    ) -> Array: ...
 
 
 EXACT: dict[str, Exact] = {}
+"""Exact codecs by name; `RESIDUAL` alone codes what a lossy layer leaves, and nothing else."""
 
 
 class _Codec:
@@ -73,8 +86,13 @@ class _Codec:
             made = bytes([CONTEXT]) + made
         return _smaller(made, least / 8, t, dtype)
 
-    def decode(self, payload: bytes | memoryview, base: Array | None, dtype: DType, count: int) -> Array:
-        """The bytes of `count` elements. Raises Refused for a payload that cannot be one of these."""
+    def decode(
+        self, payload: bytes | memoryview, base: Array | None, dtype: DType, count: int, hint: Hint | None = None
+    ) -> Array:
+        """The bytes of `count` elements. Raises Refused for a payload that cannot be one of these.
+
+        hint: where `base` is what a lossy layer made.
+        """
         if not len(payload):
             if base is None:
                 raise damaged("it says `as in the base` where there is no base")
@@ -83,6 +101,8 @@ class _Codec:
         count *= dtype.size // ulp.component(dtype)[1]
         if mode == ALONE:
             made = _from_alone(frames, dtype, count)
+        elif mode == HINTED and hint is not None:
+            made = hinted.decode(frames, ulp.words(hint.base, dtype), hint.delta, hint.bound, dtype)
         elif base is None or mode not in (PLAIN, CONTEXT):
             raise damaged(f"unknown mode {mode}")
         else:
@@ -92,6 +112,20 @@ class _Codec:
         return made.view(np.uint8)
 
 
+class _Residual(_Codec):
+    """What a lossy layer leaves: against its result, or against the base with the layer as a hint, whichever is smaller."""
+
+    def residual(self, target: Array, first: Array, hint: Hint, dtype: DType, row: int) -> tuple[bytes, float]:
+        """As `measured`; first: what the layer made, bytes of the target's type."""
+        best = self.measured(target, first, dtype, row)
+        if not best[0] or ulp.form_of(dtype) is None:
+            return best
+        t, b = ulp.words(target, dtype), ulp.words(hint.base, dtype)
+        made, least = hinted.encode(t, b, hint.delta, hint.bound, dtype, row)
+        return min(best, (bytes([HINTED]) + made, least / 8), key=lambda coded: len(coded[0]))
+
+
+RESIDUAL = _Residual("ulp-hint-zstd/1", CONTEXT)
 RAW = _Codec("raw-zstd/1", ALONE)
 FAST = _Codec("ulp-zstd/1", PLAIN)
 ULP = _Codec("ulp-ctx-zstd/1", CONTEXT)

@@ -8,11 +8,13 @@ from surgery.delta.lossy import (  # noqa: F401
     hybrid,
     lowrank,
     nf4,
+    plain,
     quantile,
     rounded,
     sign,
     sparse,
     sparse24,
+    summed,
     svd_wf,
     ternary,
 )
