@@ -1,8 +1,8 @@
 """Differences from the base, grouped by how large they are expected to be and by what a first, lossy layer says of them.
 
 A first layer that is coarse is a bad reference: its error is larger than the difference from the base. But it says much about
-that difference. So the base stays the reference, and the first layer's delta D' is a context: where the layer's error is bounded
-the difference lies beyond |D'| - bound in the direction of D', which tells little while that is far below zero and much above.
+that difference. So the base stays the reference, and the first layer's delta D' is a context: where the layer's error is
+bounded the difference lies beyond |D'| - bound in the direction of D', which tells little while that is far below zero and much above.
 Together the two layers cost little more than the differences alone.
 
 The content of the frames, in order:
