@@ -134,7 +134,6 @@ def _package(folder: Path) -> tuple[bytes, bytes, int, int]:
 
     from surgery.delta.codecs.stream import unpack_text
     from surgery.delta.pack import pack
-    from surgery.delta.shards import header_of
     from surgery.inputs import open_node
 
     _models(folder)
@@ -168,6 +167,7 @@ def package(folder: Path) -> tuple[Target, list[bytes]]:
     from surgery.delta.codecs.stream import pack_text
     from surgery.delta.container import Package
     from surgery.delta.manifest import read_manifest
+    from surgery.delta.shards import header_of
 
     whole, text, start, begin = _package(folder)
     path = folder / "fuzzed.delta.safetensors"
