@@ -191,7 +191,8 @@ def _files(node: PackageNode) -> dict[str, FileState]:
 
 def _inputs(node: PackageNode) -> list[Path]:
     """What the output must not touch: the packages, and the files and folders that the base is read from."""
-    made, below = [], node
+    made: list[Path] = []
+    below = node
     while isinstance(below, PackageNode):
         made += map(Path, (below.package.path, *below.package.files))
         below = below.inputs[0]  # type: ignore[assignment]

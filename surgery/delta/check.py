@@ -41,9 +41,8 @@ def verify_package(package: Package, *, progress: Callable[[int], None] | None =
                         raise bad(package.path, f"`{name}` is damaged")
                     at += length
                     told(length)
-            layer = entry.layer
-            if layer is not None and "parts" in layer:
-                _known(package, name, layer["codec"])
+            if entry.layer is not None and "parts" in entry.layer:
+                _known(package, name, entry.layer["codec"])
         target = Package(location_of(package.path, view)) if view else package
         for i, file in enumerate(one.data["target"]["files"]):
             target.text(f"{one.prefix}header/{i}", file["header"])

@@ -95,7 +95,7 @@ class Package:
             raise Refused(f"{path}: a shard of the package is missing", hint="fetch all files that its index names")
         header = read_header(path)
         about, spec = header.metadata, header.metadata.get("delta.spec")
-        if spec not in map(str, SPECS):
+        if spec is None or spec not in [str(known) for known in SPECS]:
             what = "is no delta package" if spec is None else f"is of spec {spec!r}, this version reads {SPECS[-1]}"
             raise Refused(f"{path}: {what}", hint="`surgery delta pack` makes packages" if spec is None else None)
         if "delta.shard" in about and len(self.files) == 1:

@@ -90,7 +90,8 @@ class _Deltas:
         if a not in self._kept:
             while len(self._kept) > 1:
                 del self._kept[next(iter(self._kept))]
-            deltas, raws = [], []
+            deltas: list[Array] = []
+            raws: list[Array] = []
             for pairing in self.pairings:
                 raw, ref, leaf = pairing.bits(self._readers, a, b)
                 assert ref is not None and leaf is not None
@@ -100,7 +101,7 @@ class _Deltas:
                     made = convert.typed(raw, dtype).astype(np.float32)
                     made -= convert.typed(ref, dtype).astype(np.float32)
                 deltas.append(made)
-            self._kept[a] = deltas, raws, ref, leaf
+                self._kept[a] = deltas, raws, ref, leaf
         return self._kept[a]
 
     def source(self, method: Method) -> Source:
@@ -151,7 +152,7 @@ def code_shared(
     ours = isinstance(codec, Codec)
     try:
         if ours:
-            coded = codec.encode(source, key=name, measure=False, **options)  # type: ignore[call-arg,arg-type]
+            coded = codec.encode(source, key=name, measure=False, **options)  # type: ignore[arg-type]
         else:
             coded = codec.encode(source.array(), key=name, **options)
     except Refused as problem:

@@ -225,7 +225,7 @@ class _Job:
         for name in self.names:
             pairings = [self._pairing(task, name) for task in self.targets]
             ranges = pieces(pairings[0].target.shape)
-            for found in pool.map(lambda r, p=pairings: norms(p, self._readers, *r), ranges):  # type: ignore[misc]
+            for found in pool.map(lambda r, p=pairings: norms(p, self._readers, *r), ranges):
                 for total, norm in zip(sums, found, strict=True):
                     total[0] += norm[0]
                     total[1] += norm[1]

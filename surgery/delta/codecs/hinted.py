@@ -2,13 +2,14 @@
 
 A first layer that is coarse is a bad reference: its error is larger than the difference from the base. But it says much about
 that difference. So the base stays the reference, and the first layer's delta D' is a context: where the layer's error is
-bounded the difference lies beyond |D'| - bound in the direction of D', which tells little while that is far below zero and much above.
-Together the two layers cost little more than the differences alone.
+bounded the difference lies beyond |D'| - bound in the direction of D', which tells little while that is far below zero and much
+above. Together the two layers cost little more than the differences alone.
 
 The content of the frames, in order:
 
     u16 row, i16 classes of rows    as in `context`
-    for each of the five buckets: u8 count of groups, less one; for each group u8 highest key, u8 shift, u8 flags, as in `context`
+    for each of the five buckets: u8 count of groups, less one; for each group u8 highest key, u8 shift, u8 flags, as in
+        `context`
     the groups, in order of bucket and key; inside a group numbers are in order of key and position
 
 x = |D'| - bound in float32 (bound 0 where the layer states none), s = min(max((bits 22 to 30 of x) - 254 - class, -7), 20) + 8,
