@@ -39,13 +39,13 @@ def processor_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measured(folder: Path, size: str, runs: int) -> dict[str, float]:
+def measured(folder: Path, names: list[str], size: str, runs: int) -> dict[str, float]:
     """Bytes that a core moves in a second, by operation; start and planning taken off."""
     home = folder / size
     models.family(home, size, tuned=2)
     rates = {}
     for name, operation in operations(2).items():
-        if name not in NAMES:
+        if name not in names:
             continue
         path = recipe(operation, home, folder / f"{name}.yaml")
         plan = _plan(path)
@@ -62,7 +62,7 @@ def measured(folder: Path, size: str, runs: int) -> dict[str, float]:
     return rates
 
 
-def priced(folder: Path) -> dict[str, dict[str, float]]:
+def priced(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
     """Bytes and planning seconds of the same operations on 671B models."""
     home = folder / "giants"
     for name in GIANTS:
@@ -70,7 +70,7 @@ def priced(folder: Path) -> dict[str, dict[str, float]]:
             models.giant(home / name)
     found = {}
     for name, operation in operations(2).items():
-        if name in NAMES:
+        if name in names:
             path = recipe(operation, home, folder / f"giant-{name}.yaml")
             plan, seconds = _plan(path), processor_seconds(_surgery("plan", path))
             found[name] = {"read": plan["read_bytes"], "written": plan["written_bytes"], "plan": seconds}
@@ -103,6 +103,7 @@ def hours(cost: dict[str, float], rate: float, count: int, asked: argparse.Names
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("operations", nargs="*", default=list(NAMES), metavar="OPERATION", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--cores", type=int, default=32, help="of one machine")
     parser.add_argument("--link", type=float, default=3.0, help="GB/s between a machine and the storage, each way")
     parser.add_argument("--storage", type=float, default=40.0, help="GB/s of the storage, to all machines, each way")
@@ -112,7 +113,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=WORK / "scale")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    costs, rates = priced(asked.folder), measured(asked.folder, asked.size, asked.runs)
+    costs, rates = priced(asked.folder, asked.operations), measured(
+        asked.folder, asked.operations, asked.size, asked.runs
+    )
     rows = []
     for name, cost in costs.items():
         cells = [f"{h * 60:.0f} min ({why})" for h, why in (hours(cost, rates[name], n, asked) for n in asked.machines)]

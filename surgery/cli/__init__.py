@@ -29,7 +29,6 @@ COMMANDS = {
     "eval": "Evaluate checkpoints and recipes on tasks; nothing is written.",
     "probe": "Look inside: path between models, layers, contribution of a fine-tune, overlap of skills.",
     "ops": "List operators, or explain one.",
-    "overlap": "Show how far learned masks of several tasks name the same entries.",
     "push": "Publish an output on the hub.",
     "report": "Show results as a page that opens offline, as pictures and as tables.",
     "schema": "Print the JSON Schema of recipes.",

@@ -1,4 +1,4 @@
-"""surgery probe path | layers | contribution | overlap"""
+"""surgery probe path | layers | contribution | overlap | masks"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from surgery.cli.eval_ import make_resident, resident_options
 from surgery.cli.options import JSON, print_json
+from surgery.cli.probe_masks import command as masks
 
 _TASKS = click.option("--tasks", required=True, type=click.Path(dir_okay=False), help="The tasks file.")
 _SPLIT = click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
@@ -18,6 +19,9 @@ _SPLIT = click.option("--split", type=click.Choice(["validation", "test"]), defa
 @click.group("probe")
 def command() -> None:
     """Look inside: the path between two models, a fine-tune layer by layer, what it contributes, where skills lie."""
+
+
+command.add_command(masks)
 
 
 def _measure(default: str) -> Callable[..., Any]:

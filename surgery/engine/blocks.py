@@ -33,7 +33,9 @@ _MOST = 32  # buffers
 class Worker(Protocol):
     """What a worker provides: see `surgery.engine.evaluate.Evaluator`."""
 
-    profile: Profile | None
+    @property
+    def profile(self) -> Profile | None:
+        """Where to note what was done."""
 
     def fetch(self, read: Read, start: int, stop: int, out: Array) -> None:
         """Elements of a stored tensor into the bytes `out`."""

@@ -28,9 +28,9 @@ def ranged(x: np.ndarray) -> Source:
 
 
 def test_elementwise_codecs_stream() -> None:
-    assert {n for n, _ in STREAMING} == {"dither", "dare", "sign", "ternary", "group", "nf4", "quantile", "sparse"}
+    assert {n for n, _ in STREAMING} == {"dither", "dare", "sign", "ternary", "group", "nf4", "quantile", "sparse", "plain"}
     assert all(
-        codec.streams or codec.matrix or name.startswith(("hybrid", "sparse24", "round")) for name, codec in LOSSY.items()
+        codec.streams or codec.matrix or name.startswith(("hybrid", "sparse24", "round", "sum")) for name, codec in LOSSY.items()
     )
 
 

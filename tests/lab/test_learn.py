@@ -364,7 +364,7 @@ def test_overlap_of_masks(three: Path, resident: lab.Resident, tmp_path: Path, m
     sizes = [sum(int(m.sum()) for m in mask.values()) for mask in masks]
     both = sum(int((masks[0][k] & masks[1][k]).sum()) for k in masks[0])
     monkeypatch.chdir(three)
-    monkeypatch.setattr(sys, "argv", ["surgery", "overlap", "INV", "ROT90", "--json"])
+    monkeypatch.setattr(sys, "argv", ["surgery", "probe", "masks", "INV", "ROT90", "--json"])
     main()
     told = json.loads(capsys.readouterr().out)
     assert told["masks"] == ["INV", "ROT90"] and told["entries"] == sizes
@@ -372,7 +372,7 @@ def test_overlap_of_masks(three: Path, resident: lab.Resident, tmp_path: Path, m
     total = sum(m.numel() for m in masks[0].values())
     np.testing.assert_allclose(told["chance"], [s / total for s in sizes])
     assert both / sizes[0] > 1.5 * sizes[1] / total  # tuned from one base, tasks share more than chance
-    monkeypatch.setattr(sys, "argv", ["surgery", "overlap", "INV", "base"])
+    monkeypatch.setattr(sys, "argv", ["surgery", "probe", "masks", "INV", "base"])
     with pytest.raises(SystemExit) as done:
         main()
     assert done.value.code == 2 and "base: is no mask" in capsys.readouterr().err

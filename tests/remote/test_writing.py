@@ -183,7 +183,7 @@ def test_engines_and_stores_that_do_not_go_together(path: Path) -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """moto's server, with a bucket."""
+    """moto's server, with a bucket of its own: what moto holds is the process's."""
     import s3fs
     from moto.server import ThreadedMotoServer
 
@@ -196,7 +196,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         fs = s3fs.S3FileSystem(skip_instance_cache=True)
-        fs.mkdir("bucket")
+        fs.mkdir("written")
         yield fs
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
@@ -207,15 +207,15 @@ def test_s3_with_several_parts_from_the_command_line(path: Path, s3: Any, monkey
     """A shard of several parts of the least size that S3 allows, in a process of its own; then read, verified and merged."""
     trio(path.parent, hidden=128, vocab=44_000, depth=1, head=False)
     path = recipe(path.parent, "out: {op: average, of: [base, a, b]}", output="{from: out, shard_size: 11MB}")
-    done = surgery("run", path, "-o", "s3://bucket/merged")
-    assert done.returncode == 0 and "s3://bucket/merged: " in done.stderr, done.stderr
-    there = {n.rpartition("/")[2]: s3.cat_file(n) for n in s3.find("bucket/merged")}
+    done = surgery("run", path, "-o", "s3://written/merged")
+    assert done.returncode == 0 and "s3://written/merged: " in done.stderr, done.stderr
+    there = {n.rpartition("/")[2]: s3.cat_file(n) for n in s3.find("written/merged")}
     assert there == expected(path) and not staged(path)
-    done = surgery("verify", "s3://bucket/merged")
-    assert done.returncode == 0 and "s3://bucket/merged: whole" in done.stdout, done.stderr
+    done = surgery("verify", "s3://written/merged")
+    assert done.returncode == 0 and "s3://written/merged: whole" in done.stdout, done.stderr
     monkeypatch.setattr(folders, "PART", 5 << 20)
-    package.open("s3://bucket/merged").save("s3://bucket/copy", shard_size="11MB")
-    info = s3.info("bucket/copy/model-00001-of-00002.safetensors")
+    package.open("s3://written/merged").save("s3://written/copy", shard_size="11MB")
+    info = s3.info("written/copy/model-00001-of-00002.safetensors")
     assert info["ETag"].strip('"').endswith("-3"), info  # three parts
     same(_tensors(s3, path.parent / "copied", "copy"), read_checkpoint(path.parent / "whole"))
     done = surgery("run", path, "-o", "s3://nowhere/merged")
@@ -224,7 +224,7 @@ def test_s3_with_several_parts_from_the_command_line(path: Path, s3: Any, monkey
 
 def _tensors(fs: Any, folder: Path, name: str) -> dict[str, Any]:
     folder.mkdir()
-    for file in fs.find(f"bucket/{name}"):
+    for file in fs.find(f"written/{name}"):
         fs.get_file(file, str(folder / file.rpartition("/")[2]))
     return read_checkpoint(folder)
 

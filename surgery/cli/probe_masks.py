@@ -1,4 +1,4 @@
-"""surgery overlap MASK MASK..."""
+"""surgery probe masks MASK MASK..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from surgery.cli.options import JSON, print_json
 
 
-@click.command("overlap")
+@click.command("masks")
 @click.argument("masks", nargs=-1, required=True, metavar="MASK...")
 @JSON
 def command(masks: tuple[str, ...], as_json: bool) -> None:
@@ -17,7 +17,7 @@ def command(masks: tuple[str, ...], as_json: bool) -> None:
 
     \b
     Example:
-      surgery overlap found-math/ found-code/
+      surgery probe masks found-math/ found-code/
     """
     from pathlib import Path
 
@@ -26,7 +26,7 @@ def command(masks: tuple[str, ...], as_json: bool) -> None:
     from surgery.lab.render import columns
 
     if len(masks) < 2:
-        raise Refused("give two masks or more", hint="surgery overlap found-math/ found-code/")
+        raise Refused("give two masks or more", hint="surgery probe masks found-math/ found-code/")
     places = [str(Path(m) / "mask") if (Path(m) / "mask").is_dir() else m for m in masks]
     plain = [Path(m.rstrip("/")).name for m in masks]
     names = plain if len(set(plain)) == len(plain) else [m.rstrip("/") for m in masks]
