@@ -24,6 +24,9 @@ _spread = np.zeros((256, 8), np.uint8)  # byte -> its bits, the highest first, o
 for _bit in range(8):
     _spread[:, _bit] = (np.arange(256) >> (7 - _bit)) & 1
 _SPREAD = _spread.view(np.uint64).reshape(256)
+_SPREAD8 = _spread
+_SOME = _spread.sum(axis=1).astype(np.uint8)  # bits that are set
+_BEFORE = (np.cumsum(_spread, axis=1) - _spread).astype(np.uint8)  # … before each
 
 
 # -- differences -------------------------------------------------------------------------------------------------------
@@ -272,17 +275,18 @@ def halves(both: Any, out: Any) -> None:
 @_jit
 def unmask(mask: Any, values: Any, out: Any) -> None:
     """Put back the zeros: mask: packed bits; values: one less than what is not zero, in order, and one spare at the end."""
-    j = 0
-    for a in range(0, out.size, 8):
-        byte = np.int64(mask[a // 8])
-        if byte == 0:
-            for i in range(a, min(a + 8, out.size)):
-                out[i] = 0
-        else:
-            for i in range(a, min(a + 8, out.size)):
-                bit = (byte >> (7 - (i - a))) & 1
-                out[i] = (np.int64(values[j]) + 1) * bit
-                j += bit
+    j = np.uint64(0)
+    whole = out.size // 8
+    for n in range(whole):
+        byte, a = mask[n], np.uint64(n) * np.uint64(8)
+        for k in range(8):  # where each of eight comes from is in a table: none waits for the one before it
+            bit = np.int64(_SPREAD8[byte, k])
+            out[a + np.uint64(k)] = (np.int64(values[j + np.uint64(_BEFORE[byte, k])]) + 1) * bit
+        j += np.uint64(_SOME[byte])
+    for i in range(8 * whole, out.size):
+        bit = (np.int64(mask[whole]) >> (7 - (i & 7))) & 1
+        out[i] = (np.int64(values[j]) + 1) * bit
+        j += np.uint64(bit)
 
 
 @_jit
