@@ -172,8 +172,8 @@ class _Job:
     def expected(self) -> dict[str, list[str]]:
         """Parts of lossy tensors to leave room for in the header. What they are called is known later; room is made then if
         need be."""
-        some = ["payload"] * 4 + (["residual", "data"] if self._residual or self._smallest else [])
-        return {} if self._choose is None else {
+        some = ["payload"] * 4 + (["residual"] if self._residual else [])
+        return {} if self._choose is None or self._smallest else {  # smallest: most may come to nothing
             name: some for name, tensor in self.target.tensors.items() if self._choose(tensor) is not None
         }  # fmt: skip
 

@@ -133,6 +133,8 @@ def test_smallest_uses_a_low_rank_layer_where_it_pays(tmp_path):
     choose = low_rank(open_node(str(tmp_path / "tuned")), 10**9)
     again = packed(tmp_path / "base", tmp_path / "tuned", tmp_path / "t.delta.safetensors", choose=choose, smallest=True)
     assert (overview(Package(str(again)))["mode"], overview(Package(str(again)))["spec"]) == ("exact", 1)
+    plain = packed(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.delta.safetensors")
+    assert again.read_bytes() == plain.read_bytes()
 
 
 def test_views_that_are_not_there(tmp_path):
