@@ -103,7 +103,8 @@ def test_what_is_wrong_is_said_in_one_line(
     (tmp_path / "empty.csv").write_text("text,label\n")
     lines = "\n".join(
         f"  {name}: {{kind: classification, test: {file}{more}}}"
-        for name, file, more in (
+        capsys.readouterr()  # what making the models has printed
+    for name, file, more in (
             ("column", "ok.jsonl", ", text: body"), ("unknown", "unknown.jsonl", ""), ("empty", "empty.csv", ""),
             ("gone", "gone.csv", ""),
         )
