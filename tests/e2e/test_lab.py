@@ -101,9 +101,9 @@ def test_what_is_wrong_is_said_in_one_line(
     jsonl(tmp_path / "ok.jsonl", [{"text": "good", "label": "yes"}])
     jsonl(tmp_path / "unknown.jsonl", [{"text": "good", "label": "perhaps"}])
     (tmp_path / "empty.csv").write_text("text,label\n")
+    capsys.readouterr()  # what making the models has printed
     lines = "\n".join(
         f"  {name}: {{kind: classification, test: {file}{more}}}"
-        capsys.readouterr()  # what making the models has printed
     for name, file, more in (
             ("column", "ok.jsonl", ", text: body"), ("unknown", "unknown.jsonl", ""), ("empty", "empty.csv", ""),
             ("gone", "gone.csv", ""),
