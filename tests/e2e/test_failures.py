@@ -336,7 +336,7 @@ def test_damage_to_an_unfinished_run_is_repaired(path: Path, tmp_path: Path, mon
 
     run(path, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_finish", lambda *_: (_ for _ in ()).throw(Failed("stop")))
+        patch.setattr(engine, "finish", lambda *_: (_ for _ in ()).throw(Failed("stop")))
         with pytest.raises(Failed):
             run(path, tmp_path / "out")
     weights = tmp_path / "out.partial" / "model.safetensors"
@@ -356,7 +356,7 @@ def test_a_torn_journal_is_read_as_far_as_it_is_whole(
     run(path, tmp_path / "whole")
     for tail in (b'["model.no', b"[1]\n", b'{"x": 1}\n', b"\xff\xff", b"7\n", b'["nobody", "0"]\n'):
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_finish", lambda *_: (_ for _ in ()).throw(Failed("stop")))
+            patch.setattr(engine, "finish", lambda *_: (_ for _ in ()).throw(Failed("stop")))
             with pytest.raises(Failed):
                 run(path, tmp_path / "out", overwrite=True)
         journal = tmp_path / "out.partial" / "journal.jsonl"

@@ -101,9 +101,10 @@ def test_what_is_wrong_is_said_in_one_line(
     jsonl(tmp_path / "ok.jsonl", [{"text": "good", "label": "yes"}])
     jsonl(tmp_path / "unknown.jsonl", [{"text": "good", "label": "perhaps"}])
     (tmp_path / "empty.csv").write_text("text,label\n")
+    capsys.readouterr()  # what making the models has printed
     lines = "\n".join(
         f"  {name}: {{kind: classification, test: {file}{more}}}"
-        for name, file, more in (
+    for name, file, more in (
             ("column", "ok.jsonl", ", text: body"), ("unknown", "unknown.jsonl", ""), ("empty", "empty.csv", ""),
             ("gone", "gone.csv", ""),
         )
@@ -125,7 +126,7 @@ def test_what_is_wrong_is_said_in_one_line(
         (["eval", "c", "--tasks", "tasks.yaml", "--split", "validation"], "has no validation split"),
         (["eval", "c", "--tasks", "tasks.yaml", "--device", "cuda:9"], "not to be had here"),
         (["eval", "c", "--tasks", "tasks.yaml", "--set", "a=1"], "--set changes recipes"),
-        (["eval", "c", "--tasks", "tasks.yaml", "--ensemble"], "--ensemble needs a model, and two or more"),
+        (["eval", "c", "--tasks", "tasks.yaml", "--ensemble"], "--ensemble averages two models or more"),
         (["eval", "c", "--tasks", "tasks.yaml", "--module", "x.py"], "expected FILE.py:FUNCTION"),
         (["eval", "c", "--tasks", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read"),

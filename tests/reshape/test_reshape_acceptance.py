@@ -17,11 +17,11 @@ import torch
 import transformers
 from helpers import surgery as command
 from scipy.stats import spearmanr
-from surgery.reshape.angular import angular_distances
 
 import surgery
 from surgery import steps
 from surgery.reshape.learn_mixing import learn_mixing
+from surgery.statistics.angular import angular_distances
 
 LETTERS = {c: i for i, c in enumerate([chr(c) for c in range(32, 127)] + ["\n"])}
 LENGTH = 40
