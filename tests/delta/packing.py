@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import BF16, Tensors, llama_config, llama_tensors, tokens, write_checkpoint
+from helpers import BF16, Tensors, llama_config, llama_tensors, read_checkpoint, tokens, write_checkpoint
 
+from surgery.delta.apply import verify
+from surgery.delta.check import verify_package
+from surgery.delta.choices import fixed
+from surgery.delta.codecs.base import check_options, lossy_codec
 from surgery.delta.codecs.stream import pack_text
 from surgery.delta.container import Package
 from surgery.delta.pack import pack
 from surgery.delta.rebuild import PackageNode
 from surgery.delta.shards import header_of
+from surgery.delta.tasks import pack_tasks
 from surgery.inputs import open_node
 
 
@@ -65,4 +70,40 @@ def forge(package: Path, change: Callable[[dict[str, Any]], None], out: Path, **
     return out
 
 
-__all__ = ["BF16", "forge", "on_base", "packed", "pair", "tuned_from"]
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+
+
+def progressive(base, tuned, out, codec="dither", only=(), **options):
+    options = options or ({"bits": 1.0} if codec == "dither" else {})
+    return packed(base, tuned, out, choose=fixed(open_node(str(tuned)), codec, options, only), progressive=True)
+
+
+def view_of(package, view):
+    return f"{package}#{view}"
+
+
+def every_view(package, base):
+    """All views rebuilt and checked; bytes of the package read and checked."""
+    found = Package(str(package))
+    verify_package(found)
+    for view in found.manifest.views():
+        verify(on_base(view_of(package, view) if view else package, base), threads=2)
+
+
+def three(folder):
+    base, _ = pair(folder)
+    old = read_checkpoint(base)
+    for i, name in enumerate(("two", "three"), 2):
+        write_checkpoint(folder / name, tuned_from(old, i, 2e-3), config=llama_config(), vocab=tokens(130))
+    return base, {"one": folder / "tuned", "two": folder / "two", "three": folder / "three"}
+
+
+def shared_package(base, models, out, method, codec="plain", options=None, **more):
+    found = lossy_codec(codec)
+    nodes = {task: open_node(str(path)) for task, path in models.items()}
+    choice = found, check_options(found, options or {})
+    pack_tasks(open_node(str(base)), nodes, out, method=method, shared=choice, threads=2, overwrite=True, **more)
+    return out
+
+
+__all__ = ["BF16", "MATRIX", "every_view", "forge", "on_base", "packed", "pair", "progressive", "shared_package", "three", "tuned_from", "view_of"]
