@@ -25,7 +25,7 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "python examples/evidence/run.py > docs/evidence.md      # no network, no download",
         "```",
         "",
-        "which also draws a plot for each. Nothing below is written by hand: figures are means ± standard deviations over "
+        "which also draws a plot for each. Figures are means ± standard deviations over "
         f"{seeds} seeds (a seed draws the split, the initial weights and the order of examples), and *reproduces* says whether "
         "the test in the last column but one holds in all of them (yes), in none (no), or in how many.",
         "",
@@ -41,6 +41,10 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "What holds for models this small need not hold for large ones, and what fails here may work there. A *no* "
         "says that the "
         "claim cannot be seen at this scale, or that it depends on what this scale has not: it is no refutation.",
+        "",
+        "Learning rates and some of the margins in the tests were set after first results on this rig; so a *yes* is weaker than "
+        "a prediction that came true. Figures of papers are quoted, some from secondary sources: look them up before you rely "
+        "on them.",
         "",
     ]
     lines += _failing(scripts, verdicts)

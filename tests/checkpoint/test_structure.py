@@ -468,11 +468,11 @@ def test_vocabularies_are_compared():
 def test_large_vocabularies_are_compared_in_a_moment():
     a = {f"token{i}": i for i in range(128_256)}
     b = {f"token{i}": i + (i > 100_000) for i in range(128_300)}
-    start = time.perf_counter()
+    start = time.process_time()
     found = compare_vocabularies(a, b)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert len(found.moved) == 128_255 - 100_000 and len(found.only_b) == 44
-    assert elapsed < 1.0
+    assert elapsed < 0.2
 
 
 # --- the boundary -------------------------------------------------------------------------------------------
