@@ -43,8 +43,8 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "claim cannot be seen at this scale, or that it depends on what this scale has not: it is no refutation.",
         "",
         "Learning rates and some of the margins in the tests were set after first results on this rig; so a *yes* is weaker "
-        "than a prediction that came true. Figures of papers are quoted, some from secondary sources: look them up before you rely "
-        "on them.",
+        "than a prediction that came true. Figures of papers are quoted, some from secondary sources: look them up before "
+        "you rely on them.",
         "",
     ]
     lines += _failing(scripts, verdicts)

@@ -2,8 +2,11 @@
 
 A mapped file that shrinks would end the process (SIGBUS) instead of raising an error. So files are mapped under a read lease
 (fcntl(2), Linux): whoever opens one for writing waits until the lease is given back, and `MappedFile.view` sees that somebody
-waits. Pages are made present before they are used, so that a failing disk is an error as well. Where a lease cannot be had
-(network file systems, other people's files, other systems) files are read instead: slower by the copy, with the same result.
+waits. Where nothing of the file is looked at any more, the kernel ends his wait after 45 seconds (fs.lease-break-time); a run that
+is stopped for longer than that in the middle of a piece is not protected.
+
+Pages are made present before they are used, so that a failing disk is an error as well. Where a lease cannot be had (network
+file systems, other people's files, other systems) files are read instead: slower by the copy, with the same result.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class MappedFile:
         self._address = self._bytes.ctypes.data
         self._advise = _madvise()
         if not self._present(0, 1):
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # it is read instead: nobody has to wait for that
             raise Unmappable
 
     def view(self, offset: int, size: int) -> Array | None:
