@@ -2,8 +2,8 @@
 
 A mapped file that shrinks would end the process (SIGBUS) instead of raising an error. So files are mapped under a read lease
 (fcntl(2), Linux): whoever opens one for writing waits until the lease is given back, and `MappedFile.view` sees that somebody
-waits. Where nothing of the file is looked at any more, the kernel ends his wait after 45 seconds (fs.lease-break-time); a run that
-is stopped for longer than that in the middle of a piece is not protected.
+waits. Where nothing of the file is looked at any more, the kernel ends his wait after 45 seconds (fs.lease-break-time); a run
+that is stopped for longer than that in the middle of a piece is not protected.
 
 Pages are made present before they are used, so that a failing disk is an error as well. Where a lease cannot be had (network
 file systems, other people's files, other systems) files are read instead: slower by the copy, with the same result.
