@@ -138,19 +138,15 @@ def _share_out(mass: Any, share: Any, masked: bool) -> None:
 @_jit
 def _elect_three(a: Any, b: Any, c: Any, limits: Any, w: Any, out: Any) -> None:
     """The most usual case in one loop: three inputs, sum, weights above zero, mean; what is kept lies above `limits`."""
-    zero, tiny = np.float32(0), np.float32(1.1754943508222875e-38)
+    zero, one, tiny = np.float32(0), np.float32(1), np.float32(1.1754943508222875e-38)
     w0, w1, w2 = w[0], w[1], w[2]
     t0, t1, t2 = limits[0], limits[1], limits[2]
     for i in range(out.size):
         x = (a[i] if abs(a[i]) > t0 else zero) * w0
         y = (b[i] if abs(b[i]) > t1 else zero) * w1
         z = (c[i] if abs(c[i]) > t2 else zero) * w2
-        up = (x + y) + z >= zero
-        x_agrees, y_agrees, z_agrees = (
-            (x > zero) if up else (x < zero),
-            (y > zero) if up else (y < zero),
-            (z > zero) if up else (z < zero),
-        )
+        side = one if (x + y) + z >= zero else -one  # selections of numbers, not of conditions: those would become branches
+        x_agrees, y_agrees, z_agrees = x * side > zero, y * side > zero, z * side > zero
         mass = ((x if x_agrees else zero) + (y if y_agrees else zero)) + (z if z_agrees else zero)
         share = ((w0 if x_agrees else zero) + (w1 if y_agrees else zero)) + (w2 if z_agrees else zero)
         out[i] = mass / max(share, tiny)
