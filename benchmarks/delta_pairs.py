@@ -108,13 +108,22 @@ def _functions() -> Iterator[tuple[str, str]]:
             continue
         try:
             text = path.read_text("utf-8")
-            tree = ast.parse(text)
+            tree, lines = ast.parse(text), text.split("\n")
         except (SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                source = ast.get_source_segment(text, node) or ""
+                source = _segment(lines, node)
                 yield relative.parts[0].removesuffix(".py"), re.sub(r"\s+", " ", source.replace(node.name, "_"))
+
+
+def _segment(lines: list[str], node: ast.FunctionDef) -> str:
+    """`ast.get_source_segment`, which splits the whole text again for every function."""
+    assert node.end_lineno is not None
+    found = [line.encode() for line in lines[node.lineno - 1 : node.end_lineno]]
+    found[-1] = found[-1][: node.end_col_offset]
+    found[0] = found[0][node.col_offset :]
+    return b"\n".join(found).decode()
 
 
 def examples() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
