@@ -325,15 +325,27 @@ def decode(frames: Unframed, b: Array, dtype: DType) -> Array:
         get(frames, found[0], zigzag)
         return ulp.restored(zigzag, b, dtype)
     order = _order(b, scales, row, dtype)
-    zigzag = np.empty_like(b)
-    for (first, end), group in zip(pairwise(order.cut([g.last for g in found])), found, strict=True):
+    zigzag, starts = np.empty_like(b), order.cut([g.last for g in found])
+    compiled = fast.kernels(b.itemsize)
+    if compiled is not None:
+        content = frames.rest(_most(len(found), b))
+        taken = compiled.members_of(content, np.array(found, np.uint8), starts, zigzag)
+        if taken < len(content):
+            raise damaged("it ends early" if taken < 0 else "it holds more than it should")
+        return order.restored(zigzag, b, dtype)
+    for (first, end), group in zip(pairwise(starts), found, strict=True):
         get(frames, group, zigzag[first:end])
     return order.restored(zigzag, b, dtype)
 
 
+def _most(groups: int, b: Array) -> int:
+    """Bytes that the groups of all numbers can take: a mask's bit, symbol, escape and the bits below for each, rounded up."""
+    return 16 * groups + b.size * 2 * b.itemsize + b.size // 8 + b.size
+
+
 def groups(frames: Unframed, count: int, itemsize: int) -> list[Group]:
     """The next groups' descriptions. Raises Refused for what cannot be."""
-    found = [Group(*map(int, frames.take(3))) for _ in range(count)]
+    found = [Group(*kind) for kind in frames.take(3 * count).reshape(count, 3).tolist()]
     lasts = [g.last for g in found]
     if lasts[-1] != 255 or any(a >= z for a, z in pairwise(lasts)):
         raise damaged("groups out of order")

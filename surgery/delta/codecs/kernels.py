@@ -50,20 +50,20 @@ def differences(t: Any, b: Any, ordered: bool, out: Any) -> None:
 
 
 @_jit
-def restore(zigzag: Any, b: Any, ordered: bool) -> None:
-    """Zigzag differences into the words that they are of, in place."""
-    width = 8 * zigzag.itemsize - 1
+def restore(zigzag: Any, b: Any, ordered: bool, out: Any) -> None:
+    """Zigzag differences into the words that they are of. out: may be `zigzag`."""
+    width = 8 * out.itemsize - 1
     top = np.int64(1) << width
     mask = 2 * top - 1
     if ordered:
-        for i in range(zigzag.size):
+        for i in range(out.size):
             z, y = np.int64(zigzag[i]), np.int64(b[i])
             x = ((y ^ (-(y >> width) | top)) + ((z >> 1) ^ -(z & 1))) & mask
-            zigzag[i] = x ^ ((~(-(x >> width)) & mask) | top)
+            out[i] = x ^ ((~(-(x >> width)) & mask) | top)
     else:
-        for i in range(zigzag.size):
+        for i in range(out.size):
             z = np.int64(zigzag[i])
-            zigzag[i] = np.int64(b[i]) + ((z >> 1) ^ -(z & 1))
+            out[i] = np.int64(b[i]) + ((z >> 1) ^ -(z & 1))
 
 
 @_jit
@@ -116,11 +116,13 @@ def _row_keys(b: Any, mantissa: int, mask: int, scale: int, keys: Any) -> None:
 @_jit
 def count_keys(b: Any, row: int, mantissa: int, mask: int, scales: Any, keys: Any, counts: Any) -> None:
     """Fill `keys` (uint8) and `counts`: (blocks, lanes, 256) uint32, zeros before. scales: one per row."""
-    for r in range(scales.size):
-        a, z = r * row, min((r + 1) * row, b.size)
-        _row_keys(b[a:z], mantissa, mask, np.int64(scales[r]), keys[a:z])
+    r = 0
     for block in range(counts.shape[0]):
         here = keys[block * BLOCK : min((block + 1) * BLOCK, keys.size)]
+        while r < scales.size and r * row < (block + 1) * BLOCK:
+            a, z = r * row, min((r + 1) * row, b.size)
+            _row_keys(b[a:z], mantissa, mask, np.int64(scales[r]), keys[a:z])
+            r += 1
         if here.size == BLOCK:
             _count_full(here, counts[block].reshape(4 * 256))
         else:
@@ -152,10 +154,11 @@ def _places(counts: Any, group_of: Any, used: Any, at: Any) -> None:
 def gather(keys: Any, counts: Any, group_of: Any, starts: Any, members: Any, b: Any, out: Any) -> None:
     """Words of the numbers in `members`, which holds their differences group by group; `starts`: where each group begins."""
     used, at = starts.copy(), np.empty(_LANES * 256, np.uint32)
+    found = np.empty(BLOCK, out.dtype)  # a block in cache: lanes that write far apart into memory would wait for it
     for block in range(counts.shape[0]):
         _places(counts[block], group_of, used, at)
         a, z = block * BLOCK, min((block + 1) * BLOCK, keys.size)
-        here, made = keys[a:z], out[a:z]
+        here, made = keys[a:z], found[: z - a]
         if here.size == BLOCK:
             _gather_full(here, at, members, made)
         else:
@@ -163,7 +166,7 @@ def gather(keys: Any, counts: Any, group_of: Any, starts: Any, members: Any, b: 
                 p = at[here[i]]
                 made[i] = members[p]
                 at[here[i]] = p + np.uint32(1)
-        restore(made, b[a:z], True)
+        restore(made, b[a:z], True, out[a:z])
 
 
 @_jit
@@ -363,3 +366,71 @@ def put_escapes(symbols: Any, limit: int, full: Any, out: Any) -> None:
                 if np.int64(part[i]) == limit:
                     out[a + i] = full[j]
                     j += 1
+
+
+@_jit
+def _words(raw: Any, out: Any) -> None:
+    """Little-endian bytes, wherever they begin, into words."""
+    for i in range(out.size):
+        word = np.int64(0)
+        for k in range(out.itemsize):
+            word |= np.int64(raw[i * out.itemsize + k]) << (8 * k)
+        out[i] = word
+
+
+@_jit
+def _set_bits(mask: Any, count: int) -> int:
+    """How many of the first `count` packed bits are set."""
+    found = np.int64(0)
+    for i in range(count // 8):
+        found += np.int64(_SOME[mask[i]])
+    for i in range(count // 8 * 8, count):
+        found += (np.int64(mask[count // 8]) >> (7 - (i & 7))) & 1
+    return found
+
+
+@_jit
+def members_of(content: Any, kinds: Any, starts: Any, out: Any) -> int:
+    """The differences of all groups out of their bytes, one group after another. kinds: (groups, 3): last key, shift, flags;
+    starts: where each group begins in `out`, and the end. Returns the bytes that they took, -1 where there are too few."""
+    most = np.int64(0)
+    for g in range(kinds.shape[0]):
+        most = max(most, np.int64(starts[g + 1]) - np.int64(starts[g]))
+    opened, spare = np.empty(most + 2, np.uint8), np.empty(most + 1, out.dtype)
+    size, at = content.size, np.int64(0)
+    for g in range(kinds.shape[0]):
+        first, count = np.int64(starts[g]), np.int64(starts[g + 1]) - np.int64(starts[g])
+        made, shift = out[first : first + count], np.int64(kinds[g, 1])
+        masked, paired = kinds[g, 2] & 1, kinds[g, 2] & 2
+        wanted, mask = count, content[at:at]
+        if masked:
+            if at + (count + 7) // 8 > size:
+                return -1
+            mask = content[at : at + (count + 7) // 8]
+            at += (count + 7) // 8
+            wanted = _set_bits(mask, count)
+        length = (wanted + 1) // 2 if paired else wanted
+        if at + length > size:
+            return -1
+        symbols, limit = content[at : at + length], np.int64(255)
+        at += length
+        if paired:
+            halves(symbols, opened[: 2 * length].view(np.uint16))
+            symbols, limit = opened[:wanted], np.int64(15)
+        escapes = np.int64(count_limit(symbols, limit))
+        whole, some, packed = shift // 8, shift % 8, (wanted + 7) // 8
+        after = at + escapes * out.itemsize
+        if after + whole * wanted + some * packed > size:
+            return -1
+        planes = content[after : after + whole * wanted].reshape(whole, wanted)
+        bits = content[after + whole * wanted : after + whole * wanted + some * packed].reshape(some, packed)
+        values = spare[:wanted] if masked else made
+        join(symbols, planes, bits, values)
+        if escapes:
+            full = np.empty(escapes, out.dtype)
+            _words(content[at:after], full)
+            put_escapes(symbols, limit, full, values)
+        at = after + whole * wanted + some * packed
+        if masked:
+            unmask(mask, spare, made)
+    return at

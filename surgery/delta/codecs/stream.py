@@ -56,6 +56,18 @@ class Unframed:
             done += got
         return made
 
+    def rest(self, most: int) -> NDArray[np.uint8]:
+        """All that is left. Raises Refused if that is more than `most` bytes."""
+        made = np.empty(most, np.uint8)
+        view, done = memoryview(made), 0  # type: ignore[arg-type]
+        try:
+            while done < most and (got := self._reader.readinto(view[done:])):
+                done += got
+        except zstandard.ZstdError as problem:
+            raise damaged(f"zstd: {problem}") from None
+        self.end()
+        return made[:done]
+
     def end(self) -> None:
         """Raises Refused if anything is left."""
         spare = bytearray(1)
