@@ -5,6 +5,7 @@ from contextlib import suppress
 import ml_dtypes
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -213,6 +214,34 @@ def test_the_kernels_stand_damage(both_ways):
             payload[rng.integers(1, 400 if rng.random() < 0.5 else len(payload))] ^= 1 << rng.integers(8)
         slow, quick = both_ways(lambda: outcome(bytes(payload)))  # noqa: B023
         assert slow == quick
+
+
+def test_the_kernels_stand_forged_content(both_ways):
+    """Frames that are whole with content that is not: few flipped bits get past zstd, a forger's do."""
+    rng, d = np.random.default_rng(8), BY_NAME["BF16"]
+    base, tuned = tuned_pair(70_000, rng)
+    whole = ULP.encode(tuned, base, d, 700)
+    content = zstandard.ZstdDecompressor().stream_reader(whole[1:], read_across_frames=True).read()
+    assert whole[0] == 3 and len(content) > 60_000
+
+    def outcome(payload):
+        try:
+            return ULP.decode(payload, base, d, 70_000).tobytes()
+        except Refused as problem:
+            return problem.message
+
+    refused = 0
+    for i in range(200):
+        forged = bytearray(content)
+        for _ in range(rng.integers(0, 3)):
+            forged[rng.integers(0, 300 if i % 3 else len(forged))] ^= 1 << rng.integers(8)
+        if i % 5 == 0:
+            forged = forged[: rng.integers(1, len(forged))]
+        payload = whole[:1] + zstandard.ZstdCompressor(level=1).compress(bytes(forged) + bytes(int(i % 7 == 0)))
+        slow, quick = both_ways(lambda: outcome(payload))  # noqa: B023
+        assert slow == quick
+        refused += isinstance(slow, str)
+    assert 40 < refused < 200
 
 
 def test_the_limit_is_the_entropy_under_the_contexts():
