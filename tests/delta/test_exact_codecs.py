@@ -222,7 +222,7 @@ def test_the_kernels_stand_forged_content(both_ways):
     base, tuned = tuned_pair(70_000, rng)
     whole = ULP.encode(tuned, base, d, 700)
     content = zstandard.ZstdDecompressor().stream_reader(whole[1:], read_across_frames=True).read()
-    assert whole[0] == 3 and len(content) > 60_000
+    assert whole[0] == 3 and len(content) > 30_000
 
     def outcome(payload):
         try:
