@@ -46,7 +46,36 @@ def test_a_size_is_kept_and_used(tensors: dict[str, np.ndarray], size: int) -> N
 
 def test_bits_are_a_size(tensors: dict[str, np.ndarray]) -> None:
     total = sum(t.size for t in tensors.values())
-    assert allocate(tensors, bits=4.0).choices == allocate(tensors, size=total / 2).choices
+    quantised = {n: c for n, c in allocate(tensors, bits=4.0).choices.items() if c.codec == "dither/1"}
+    for name, choice in allocate(tensors, size=total / 2 + 400 * len(quantised)).choices.items():
+        if name in quantised:  # a size has room for the manifest, bits are of payloads
+            assert choice.options["bits"] == pytest.approx(quantised[name].options["bits"])
+
+
+@pytest.mark.parametrize("bits", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("kind", ["dither", "round"])
+@pytest.mark.parametrize("scales", [(1, 1, 1, 1), (1, 1.3, 0.7, 1), (1, 30, 0.1, 3), (1, 0, 1, 2)])
+def test_never_worse_than_equal_bits(scales: tuple[float, ...], kind: str, bits: float) -> None:
+    """Coded in full, both ways, at the same nominal bits: the default, `dither` for every tensor, is never better.
+
+    `round` without its gain correction: with inputs, for which `auto` takes it, there is none."""
+    dense = {f"m{i}": heavy((96 + 64 * (i % 2), 160), i) * np.float32(s) for i, s in enumerate(scales)}
+
+    def carried_out(options: dict[str, float]) -> tuple[int, float]:
+        size, error = 0, 0.0
+        for name, x in dense.items():
+            codec = lossy_codec(kind if options[name] else "sparse/1")
+            scale = {"scale": "l2"} if kind == "round" and options[name] else {}
+            coded = codec.encode(x, key=name, **({"bits": options[name]} if options[name] else {}), **scale)
+            size += coded.nbytes
+            error += float(np.square(whole(codec, coded, x.shape, name).astype(np.float64) - x).sum())
+        return size, error
+
+    found = allocate(dense, bits=bits, codec=f"{kind}/1")
+    size, error = carried_out({n: c.options.get("bits", 0.0) for n, c in found.choices.items()})
+    _, equal = carried_out(dict.fromkeys(dense, bits))
+    assert size <= bits * sum(x.size for x in dense.values()) / 8
+    assert error <= 1.02 * equal  # a step is found to within 2 % of its rate
 
 
 def test_better_than_equal_bits(tensors: dict[str, np.ndarray]) -> None:

@@ -7,10 +7,12 @@
 Only codecs whose error is unbiased compete here (`dither`, and `sparse` without loss): their squared errors are comparable and
 add up, which those of codecs that shrink are not (a low-rank truncation of half the squared error does twenty times the harm).
 
-The rate of a tensor at a step is measured on a sample; its squared error is n step^2 / 12. The sum of weight * error is
-minimised under the budget: per tensor the lower convex hull of (bytes, error) over a grid of steps, then the steepest
-segments of all tensors first, which is optimal up to the last segment. Options come out as `bits`, which `dither` never
-exceeds, so the sum never exceeds the budget.
+The rate of a tensor at a step is measured on a sample. Its squared error is n step^2 / 12 where it is dithered; rounded values
+are measured on the same sample, since at coarse steps most become zero and the error ends at the delta's own power. The sum of
+weight * error is minimised under the budget: per tensor the lower convex hull of (bytes, error) over a grid of steps, then the
+steepest segments of all tensors first, which is optimal up to the last segment. The same bits for every tensor is a candidate
+too, judged on the measured curves, and is taken where it is no worse. Options come out as `bits`, which `dither` never exceeds,
+so the sum never exceeds the budget.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.lossy.common import Array
 from surgery.delta.lossy.dither import Dither
+from surgery.delta.lossy.rounded import rounded_curve
 from surgery.errors import Refused
 
 Provider = Callable[[], Array]
@@ -67,7 +69,8 @@ def allocate(
 
     tensors: name -> float32 delta in its full shape, or a function that makes it (called once, one tensor in memory at a time).
     size: bytes for all of them together; bits: the same per element; max_error: largest absolute error of any element, at the
-    least size. weights: name -> factor on a tensor's squared error (default 1). grams: name -> X^T X / samples of a matrix's
+    least size. `bits` are of payloads, as they are for `dither`; a `size` has room for what the manifest says of them too.
+    weights: name -> factor on a tensor's squared error (default 1). grams: name -> X^T X / samples of a matrix's
     inputs: the factor is then its mean diagonal, which makes the sum the expected squared error of the outputs. codec: what
     matrices get: `dither/1`, or `round/1` for calibrated packages, whose rates are alike.
     Raises Refused for a budget that is too small, or for none or several.
@@ -78,6 +81,7 @@ def allocate(
         return Allocation({name: _bounded(name, _made(t), max_error, seed) for name, t in tensors.items()})
     chosen: dict[str, Choice] = {}
     hulls: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     counts: dict[str, int] = {}
     total = 0
     for name, given in tensors.items():
@@ -89,9 +93,11 @@ def allocate(
             chosen[name] = fixed
             continue
         factor = float((weights or {}).get(name, 1.0)) * _input_power(name, delta, (grams or {}).get(name))
-        hulls[name] = _hull(_curve(name, delta, seed), factor)
+        curves[name] = [(b, factor * e) for b, e in _curve(name, delta, seed, codec)]
+        hulls[name] = _hull(curves[name])
     budget = float(size) if size is not None else float(bits or 0.0) * total / 8.0
-    room = budget - sum(c.nbytes for c in chosen.values()) - _OVERHEAD * len(hulls)
+    aside = _OVERHEAD if bits is None else 0
+    room = budget - sum(c.nbytes for c in chosen.values()) - aside * len(hulls)
     least = sum(h[0][0] for h in hulls.values())
     if room < least:
         raise Refused(
@@ -115,13 +121,17 @@ def allocate(
         elif not partial:
             partial[name] = room - spent  # the last segment is taken in part: dither has a step for every rate
             spent = room
-    for name, hull in hulls.items():
-        nbytes, error = hull[at[name]]
-        nbytes += partial.get(name, 0.0)
+    shares = {name: hull[at[name]][0] + partial.get(name, 0.0) for name, hull in hulls.items()}
+    whole = sum(counts[name] for name in hulls)
+    equal = {name: sum(shares.values()) * counts[name] / whole for name in hulls}
+    if _error(curves, equal) <= _error(curves, shares):
+        shares = equal
+    for name, nbytes in shares.items():
+        error = _at(curves[name], nbytes)
         options: dict[str, Any] = {"bits": float(8.0 * nbytes / counts[name])}
         if codec == "dither/1":
             options["seed"] = seed
-        chosen[name] = Choice(codec, options, nbytes + _OVERHEAD, error)
+        chosen[name] = Choice(codec, options, nbytes + aside, error)
     return Allocation({name: chosen[name] for name in tensors})
 
 
@@ -148,20 +158,31 @@ def _bounded(name: str, delta: Array, max_error: float, seed: int) -> Choice:
     return Choice("dither/1", {"max_error": max_error, "seed": seed}, nbytes, delta.size * step**2 / 12)
 
 
-def _curve(name: str, delta: Array, seed: int) -> list[tuple[float, float]]:
+def _curve(name: str, delta: Array, seed: int, codec: str) -> list[tuple[float, float]]:
     """(bytes, squared error) over the grid of steps, coarsest first."""
-    codec = lossy_codec("dither/1")
-    assert isinstance(codec, Dither)
     delta = np.ascontiguousarray(delta)
-    spent = codec.rate(delta, name, seed)
     rms = float(np.sqrt(np.square(delta, dtype=np.float64).mean()))
-    return [(spent(float(s) * rms) * delta.size / 8.0, delta.size * (float(s) * rms) ** 2 / 12.0) for s in _STEPS]
+    steps = [float(s) * rms for s in _STEPS]
+    if codec == "round/1":
+        return [(spent * delta.size / 8.0, off * delta.size) for spent, off in map(rounded_curve(delta), steps)]
+    spent = Dither().rate(delta, name, seed)
+    return [(spent(step) * delta.size / 8.0, delta.size * step**2 / 12.0) for step in steps]
 
 
-def _hull(points: list[tuple[float, float]], factor: float) -> list[tuple[float, float]]:
-    """The lower convex hull of (bytes, factor * error), bytes ascending."""
+def _at(curve: list[tuple[float, float]], nbytes: float) -> float:
+    """Squared error at a size, between measured points on a line in its logarithm."""
+    sizes, errors = np.array(sorted(curve)).T
+    return float(np.exp(np.interp(nbytes, sizes, np.log(np.maximum(errors, 1e-300)))))
+
+
+def _error(curves: Mapping[str, list[tuple[float, float]]], shares: Mapping[str, float]) -> float:
+    return sum(_at(curves[name], nbytes) for name, nbytes in shares.items())
+
+
+def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex hull of (bytes, error), bytes ascending."""
     hull: list[tuple[float, float]] = []
-    for x, y in sorted((b, factor * e) for b, e in points):
+    for x, y in sorted(points):
         if hull and y >= hull[-1][1]:
             continue
         while len(hull) > 1 and _above(hull[-2], hull[-1], (x, y)):
