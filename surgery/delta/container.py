@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from surgery.delta.manifest import Manifest, bad, read_manifest
 from surgery.delta.schema import SPECS
 from surgery.delta.shards import INDEX, MANIFEST, MOST, SUFFIX, header_of, shard_name
 from surgery.delta.spool import HELD, Spool, pieces
-from surgery.errors import Refused, did_you_mean
+from surgery.errors import Failed, Refused, did_you_mean
 
 _RATIO = 64  # a manifest is mostly hashes: no honest one shrinks so much
 _FILE_RATIO = 4096  # text shrinks much further than hashes
@@ -164,13 +165,22 @@ class Package:
         number, stored = self._stored[part]
         fd = self._fds[number]
         length = stored.nbytes - start if length is None else length
-        made = os.pread(fd, length, stored.offset + start)
-        while len(made) < length:
-            more = os.pread(fd, length - len(made), stored.offset + start + len(made))
-            if not more:
-                raise bad(self.files[number], f"ends inside `{part}`")
-            made += more
+        made = b""
+        with self._readable(number):
+            while len(made) < length:
+                more = os.pread(fd, length - len(made), stored.offset + start + len(made))
+                if not more:
+                    raise bad(self.files[number], f"ends inside `{part}`")
+                made = made + more if made else more
         return made
+
+    @contextlib.contextmanager
+    def _readable(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            hint = "go on with --resume once it can be read, or fetch it again"
+            raise Failed(f"{self.files[number]}: cannot be read: {problem.strerror}", hint=hint) from None
 
     def payload(self, names: tuple[str, ...]) -> Mapping[str, Any]:
         """Parts of a delta that is coded whole, by the last component of their names, checked. The last few are kept.
@@ -186,8 +196,9 @@ class Package:
             large, hashed = stored.nbytes > HELD, hashlib.sha256()
             data = Spool(self._fds[number], stored.offset, stored.nbytes) if large else self.read(name)
             try:
-                for piece in pieces(data):
-                    hashed.update(piece)
+                with self._readable(number):
+                    for piece in pieces(data):
+                        hashed.update(piece)
             except ValueError:
                 raise bad(self.path, f"ends inside `{name}`") from None
             if hashed.hexdigest() != self._hashes[name]:

@@ -16,11 +16,11 @@ class Layer:
         self._least = 0.0
 
     def add(self, payload: bytes, least: float = 0.0) -> None:
-        """least: bytes that its symbols need at the least."""
+        """least: bytes that its symbols need at the least; a code that found more than single symbols may have needed fewer."""
         self.lengths.append(len(payload))
         self._checks.append(digest(payload)[:16])
-        self._least += least
+        self._least += min(least, len(payload))
 
     def said(self, codec: str, *, limit: bool = True) -> dict[str, Any]:
         made: dict[str, Any] = {"codec": codec, "lengths": self.lengths, "checks": "".join(self._checks)}
-        return made | ({"limit": round(self._least)} if limit else {})
+        return made | ({"limit": int(self._least)} if limit else {})

@@ -22,7 +22,7 @@ from surgery.delta.decode import chunk_payload, decoded
 from surgery.delta.manifest import Entry, Tensor, bad
 from surgery.delta.reference import Array, check_leaf, leaf_range, reference
 from surgery.engine import convert
-from surgery.errors import Refused
+from surgery.errors import Failed, Refused
 from surgery.graph.expr import Derived, Expr, Fetch, Read
 from surgery.graph.node import Node, SourceNode
 
@@ -211,7 +211,10 @@ class PackageNode(Node):
         if isinstance(self.inputs[0], PackageNode):
             content = self.inputs[0].file(path)
         else:
-            content = place.read_bytes() if place is not None and place.is_file() else None
+            try:
+                content = place.read_bytes() if place is not None and place.is_file() else None
+            except OSError as problem:
+                raise Failed(f"{place}: cannot be read: {problem.strerror}", hint="run again once it can be read") from None
         if content is None or fingerprint.digest(content) != said["sha256"]:
             raise self.refuse(
                 f"{self.base_label} is not the base of {self.package.path}: its {path} is "

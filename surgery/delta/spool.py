@@ -30,7 +30,10 @@ class Spool:
             raise ValueError("slices of payloads are contiguous")
         made = b""
         while len(made) < stop - start:
-            more = os.pread(self._fd, stop - start - len(made), self._offset + start + len(made))
+            try:
+                more = os.pread(self._fd, stop - start - len(made), self._offset + start + len(made))
+            except OSError as problem:
+                raise Failed(f"a payload cannot be read: {problem.strerror}", hint="run again once it can be read") from None
             if not more:
                 raise ValueError("a payload ends too early")
             made = made + more if made else more
