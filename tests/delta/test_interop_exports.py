@@ -171,6 +171,29 @@ def apply_as_peft_does(base: dict[str, np.ndarray], folder: Path) -> dict[str, n
     return made
 
 
+def test_lora_over_five_steps(tmp_path: Path) -> None:
+    """Adapters one on top of the other, read as PEFT documents them. Changes are of low rank: what is off is the factors' float16."""
+    now = {n: v.astype(np.float32) for n, v in model().items()}
+    state: dict[str, np.ndarray] = {n: floats(v) for n, v in now.items()}
+    allowed = 0.0
+    for step in range(5):
+        rng = np.random.default_rng(step)
+        new = {n: v.copy() for n, v in now.items()}
+        name = f"model.layers.{step % 2}.mlp.up_proj.weight"
+        new[name] += (1e-2 * rng.standard_normal((96, 3)) @ rng.standard_normal((3, HIDDEN))).astype(np.float32)
+        new["model.norm.weight"] += np.float32(0.1 * step)
+        folder = tmp_path / f"lora{step}"
+        export_lora(checkpoint(tmp_path / f"a{step}", now), checkpoint(tmp_path / f"b{step}", new), folder, rank=4)
+        assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == [name.removesuffix(".weight")]
+        state, moved = apply_as_peft_does(state, folder), np.abs(floats(new[name]) - floats(now[name])).max()
+        allowed += 2.0**-9 * moved
+        assert moved > 20 * allowed  # a step that was left out would be seen
+        for n, value in new.items():
+            assert np.abs(floats(state[n]) - floats(value)).max() <= allowed, (step, n)
+        np.testing.assert_array_equal(floats(state["model.norm.weight"]), floats(new["model.norm.weight"]))
+        now = new
+
+
 def test_lora(tmp_path: Path) -> None:
     base = model()
     target = tuned(base)
