@@ -3,8 +3,8 @@
     python benchmarks/delta_speed.py                   # the pair main16 of delta_pairs.py, made on first use
     python benchmarks/delta_speed.py --pair s250 --copies 8
 
-The model is the pair's matrices several times over, with rows rolled so that no two tensors are alike: 16 copies are 0.7 GB. All
-rows but slime's write files, verify everything (each chunk's hash, the base through the result's) and include reading and
+The model is the pair's matrices several times over, with rows rolled so that no two tensors are alike: 16 copies are 0.7 GB.
+All rows but slime's write files, verify everything (each chunk's hash, the base through the result's) and include reading and
 publishing; slime's work in memory and verify nothing. numpy: SURGERY_KERNELS=0. Megabytes of model a second, all cores, best of
 `--repeat`; each row's packing is a process of its own, and the kernels are loaded before the clock starts.
 """
@@ -114,10 +114,11 @@ def main() -> int:
     sources = pair(given.pairs_at, given.pair)
     WORK.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
-        base, tuned = (repeated(s, Path(folder) / name, given.copies) for s, name in zip(sources, ("base", "tuned"), strict=True))
+        base, tuned = (repeated(s, Path(folder) / n, given.copies) for s, n in zip(sources, ("base", "tuned"), strict=True))
         up, down = slime_speed(base, tuned)
         rows, found = [["slime (in memory, unverified)", "", f"{up:.0f}", f"{down:.0f}", ""]], {}
-        for name, kernels, fast in (("numpy", "0", "0"), ("numba", "1", "0"), ("--fast, numpy", "0", "1"), ("--fast", "1", "1")):
+        ways = (("numpy", "0", "0"), ("numba", "1", "0"), ("--fast, numpy", "0", "1"), ("--fast", "1", "1"))
+        for name, kernels, fast in ways:
             command = [sys.executable, __file__, "--repeat", str(given.repeat), "--one", str(base), str(tuned), folder, fast]
             done = subprocess.run(command, env={**os.environ, "SURGERY_KERNELS": kernels}, capture_output=True, text=True)
             if done.returncode:
@@ -129,7 +130,8 @@ def main() -> int:
         size = (base / "model.safetensors").stat().st_size / 1e6
     print(f"{size:.0f} MB, {given.pair}\n")
     print(table(["way", "ratio", "pack MB/s", "apply", "verify"], rows))
-    missed = [f"{k}: {found[k.split()[0]]['apply']:.0f} of {v:.0f}" for k, v in BARS.items() if found[k.split()[0]]["apply"] < v]
+    applied = {bar: found[bar.split()[0]]["apply"] for bar in BARS}
+    missed = [f"{bar}: {applied[bar]:.0f} of {least:.0f}" for bar, least in BARS.items() if applied[bar] < least]
     for what, anchor in (("pack", up), ("apply", down)):
         if found["--fast"][what] * WITHIN < anchor:
             missed.append(f"--fast {what}: slime's is {anchor / found['--fast'][what]:.1f} times as fast")

@@ -257,9 +257,9 @@ class _Job:
             assert pairing.base is not None
             said = said_of(pairing.target, share.leaves)
             said["base"] = self._hashes.reference(pairing.base, pairing.target, made.base)
-            if said["sha256"] == said["base"]["sha256"]:
+            if said["sha256"] == said["base"]["sha256"] and share.error["max_abs"] == 0.0:
                 said["same"] = True
-            else:
+            else:  # a change that came to nothing is stated as an error, which only a layer can be
                 layer = share.layer.said(MASKED, limit=False)
                 said["layer"] = layer | {"shared": name, "scale": scales[task], "error": share.error}
                 writer.write(share.payload)
