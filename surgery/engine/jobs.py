@@ -24,7 +24,7 @@ from surgery.graph.expr import Agree, Applied, Derived, Expr, Measure, Read, wal
 from surgery.ops.eager import row_length
 from surgery.ops.statistics import At
 
-MAX_WINDOWS = 1024  # of WINDOW elements: a sample of a million is enough for any model
+MAX_WINDOWS = 2048  # of WINDOW elements: many, because tensors differ more than elements of one do
 
 
 class Phase:
