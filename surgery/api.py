@@ -256,9 +256,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
         threads: int | None = None,
         allow_nonfinite: bool = False,
         durable: bool = False,
+        device: str = "cpu",
         **settings: Any,
     ) -> Any:
-        """Stream this to a new checkpoint directory; see `plan` for settings and `surgery.engine.run.run` for the rest."""
+        """Stream this to a new checkpoint directory; see `plan` for settings and `surgery.engine.run.run` for the rest.
+
+        device: where weighted sums and matrix operators run: "cpu", "cuda", "cuda:1", or "auto", which takes the
+        processor where there is no other. What cannot run there although it was meant to is a warning.
+        """
+        import warnings
+
+        from surgery.device.crew import hire
         from surgery.engine.run import run
 
         return run(
@@ -270,6 +278,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             threads=threads,
             allow_nonfinite=allow_nonfinite,
             durable=durable,
+            hire=hire(device, lambda text: warnings.warn(text, stacklevel=2)),
         )
 
     def to_transformers(self, **options: Any) -> Any:
