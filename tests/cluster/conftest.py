@@ -1,4 +1,4 @@
-"""One Ray cluster of this machine for all tests that need one: four slots, so four processes that share only the disk."""
+"""One Ray cluster of this machine for all tests that need one: eight slots, so up to eight processes that share only the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cluster() -> Iterator[Any]:
     for attempt in range(4):  # its agents have half a minute to start, which a busy machine may not give them
         try:
             ray.init(
-                address="local", num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False,
+                address="local", num_cpus=8, object_store_memory=80 * 2**20, include_dashboard=False,
                 log_to_driver=False, logging_level="error",
             )  # fmt: skip
             break

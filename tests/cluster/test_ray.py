@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,48 @@ def test_bytes_are_those_of_a_local_run(models: Path, on_cluster: Callable[..., 
         report = on_cluster(path, models / f"out{threads}", threads=threads)
         assert all_bytes(models / f"out{threads}") == whole(path)
         assert report.tensors == 6 and report.peak > 50e6
+
+
+EVERYTHING = DELTAS + (
+    "t: {op: ties, of: [da, db], density: 0.3, trim: global}\nd: {op: dare, of: da, density: 0.4, seed: 7}\n"
+    "s: {op: slerp, of: [a, b], t: 0.3}\nm: {op: add, of: [base, t, d], weight: 0.5}\nout: {op: average, of: [m, s]}"
+)
+
+
+@pytest.mark.parametrize("shards", ["30kB", "100kB", "5GB"])
+def test_bytes_do_not_depend_on_how_a_cluster_spreads_the_work(
+    tmp_path: Path, on_cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    """Global and local statistics and masks, in small pieces: threads of a task x runs of pieces that a thread takes at a time
+    x shard sizes; the files of one thread of this process."""
+    from surgery.cluster import batches, crew
+    from surgery.engine import pieces
+
+    monkeypatch.setattr(batches, "SMALLEST", 1)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    trio(tmp_path, hidden=64, vocab=307, depth=2)
+    path = recipe(tmp_path, EVERYTHING, output=f"{{from: out, shard_size: {shards}}}")
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "SEGMENT", 1)
+        run(path, tmp_path / "whole", threads=1)
+    for threads, segment in product((1, 2, 8), (1, 3, 16)):
+
+        def perform(name: str, order: Any, *args: Any, segment: int = segment) -> Any:
+            from surgery.cluster.worker import perform
+            from surgery.engine import pieces
+
+            kept = pieces.PIECE, pieces.SEGMENT  # processes outlive a test
+            pieces.PIECE, pieces.SEGMENT = 1 << 10, segment
+            try:
+                return perform(name, order, *args)
+            finally:
+                pieces.PIECE, pieces.SEGMENT = kept
+
+        monkeypatch.setattr(crew, "perform", perform)
+        monkeypatch.setattr(pieces, "SEGMENT", segment)
+        out = tmp_path / f"{threads}-{segment}"
+        on_cluster(path, out, threads=threads)
+        assert all_bytes(out) == all_bytes(tmp_path / "whole"), (threads, segment)
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_tensor(
@@ -185,7 +228,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     out = path.parent / "out"
     for options, said in (
         ({"profile": True}, "--profile times the threads of this process"),
-        ({"threads": 9}, "the largest machine of the cluster has 4 processors"),
+        ({"threads": 9}, "the largest machine of the cluster has 8 processors"),
         ({"threads": 0}, "--threads must be at least 1"),
         ({"memory": "60MB"}, r"--memory 60MB: this plan needs .* of one process"),
     ):
