@@ -29,7 +29,7 @@ BELOW = {
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
     "cluster": {"recipe", "remote", "engine", "graph", "checkpoint", "errors", "version"},
     "device": {"engine", "graph", "checkpoint", "ops", "errors"},
-    "api": {"device", "live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "api": {"cluster", "device", "remote", "live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from surgery.cluster.connect import _SLOW
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+for _name, _value in _SLOW.items():
+    os.environ.setdefault(_name, _value)
 
 
 @pytest.fixture(scope="session")

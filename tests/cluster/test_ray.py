@@ -214,6 +214,50 @@ def test_disks_of_workers_that_fail(
     assert all_bytes(path.parent / "out") == whole(path)
 
 
+def test_an_output_in_an_object_store(
+    path: Path, on_cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers fill shards in the staging folder, which they share; the driver uploads them. An upload that breaks off is gone
+    on with there or here; a staging folder that they do not see is refused."""
+    import fsspec
+
+    memory, url = fsspec.filesystem("memory"), "memory://bucket/of-a-cluster"
+    memory.store.clear()
+    monkeypatch.setenv("SURGERY_STAGING", str(path.parent / "staging"))
+    for how in (on_cluster, run):
+        with monkeypatch.context() as patch:
+            uploads, real = iter(range(100)), memory.put_file
+
+            def put(*args: Any, real: Any = real, uploads: Any = uploads, **more: Any) -> Any:
+                if next(uploads) >= 1:
+                    raise ConnectionError("connection reset")
+                return real(*args, **more)
+
+            patch.setattr(memory, "put_file", put, raising=False)
+            with pytest.raises(Failed, match="connection reset"):
+                on_cluster(path, url)
+        report = how(path, url, resume=True)
+        assert {n.rpartition("/")[2]: memory.cat_file(n) for n in memory.find("/bucket/of-a-cluster")} == whole(path)
+        assert report.resumed > 0 and report.peak > 50e6
+        memory.store.clear()
+        assert not [p for p in (path.parent / "staging").rglob("*") if p.is_file()]
+
+
+def test_the_python_entry(path: Path, cluster: Any) -> None:
+    changed = {"steps.t.density": 0.4}
+    report = surgery.run(path, path.parent / "out", changed, engine="ray", threads=1)
+    surgery.run(path, path.parent / "here", changed, threads=1)
+    assert all_bytes(path.parent / "out") == all_bytes(path.parent / "here") != whole(path) and report.tensors == 6
+    for wrong, said in (
+        ({"engine": "dask"}, "`dask` is none"),
+        ({"address": "x:1"}, 'add engine="ray"'),
+        ({"engine": "ray", "device": "cuda"}, "device is of the threads"),
+    ):
+        with pytest.raises(Refused) as refused:
+            surgery.run(path, path.parent / "other", **wrong)
+        assert said in str(refused.value)
+
+
 def test_a_source_that_changes_between_tasks_is_noticed(path: Path, on_cluster: Callable[..., Any]) -> None:
     victim = path.parent / "b" / "model-00001-of-00002.safetensors"
     said = r"model-00001-of-00002.safetensors(: changed since it was opened| is not the same)"
@@ -267,3 +311,26 @@ def test_without_ray_or_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(Refused, match=said):
             connect.threads_of([connect.Machine(2, 10**9)], asked)
     assert connect.threads_of([connect.Machine(64, 1), connect.Machine(16, 1)], None) == connect.MANY
+
+
+def test_a_cluster_of_our_own_is_started_again_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives up after half a minute on a machine that is busy, and leaves processes behind."""
+    ray = pytest.importorskip("ray")
+    from surgery.cluster import connect
+
+    did: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        did.append(address)
+        if did.count(address) < 3:
+            raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: did.append("shutdown"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert connect.connect("local") == (ray, True)
+    assert did == ["local", "shutdown", "local", "shutdown", "local"]
+    with pytest.raises(Refused, match=r"no cluster at RAY_ADDRESS, nor on this machine: The current node timed out during startup\.\n"):
+        connect.connect(None)
+    assert did[5:] == ["auto", "shutdown"]
