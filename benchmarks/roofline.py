@@ -4,8 +4,8 @@
     python benchmarks/roofline.py --ops average,ties --runs 3
 
 For every operator of the registry that is not of whole matrices: the bytes that its plan reads (every pass) and writes, over
-the seconds that `surgery run` took for the run (start and planning apart), against the rate of `cat` over the same inputs and as
-large an output, in the same minute and with the same page cache. 1.00 is a run that moves bytes as fast as `cat` does, with
+the seconds that `surgery run` took for the run (start and planning apart), against the rate of `cat` over the same inputs and
+as large an output, in the same minute and with the same page cache. 1.00 is a run that moves bytes as fast as `cat` does, with
 nothing computed; a run that reads in two passes moves its inputs twice.
 """
 

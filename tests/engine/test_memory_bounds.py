@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from helpers import BF16, recipe, write_checkpoint
 
 from surgery.ops.declare import registry
 
 HERE = Path(__file__).parent
 MATRIX = sorted(op.name for op in registry.values() if op.locality == "matrix" and not op.linear and not op.takes.statistics)
+STREAMED = ("ties", "dare", "pcb", "geometric_median")
 DELTAS = "d0: {op: diff, of: [a, base]}\nd1: {op: diff, of: [b, base]}\n"
 
 
@@ -27,11 +27,12 @@ def peaks(folder: Path, cases: list[Any]) -> list[tuple[int, int, str]]:
 
 
 def models(folder: Path, shape: tuple[int, int]) -> None:
+    """Numbers from 0.5 to 2 of either sign, made fast."""
     rng = np.random.default_rng(0)
-    base = rng.standard_normal(shape, np.float32)
     for name in ("base", "a", "b"):
-        moved = base if name == "base" else base + 0.1 * rng.standard_normal(shape, np.float32)
-        write_checkpoint(folder / name, {"model.layers.0.w.weight": moved.astype(BF16)}, config={"model_type": "x"})
+        bits = rng.integers(0, 1 << 16, shape, np.uint16)
+        values = ((bits & 0x80FF) | 0x3F00).view(BF16)
+        write_checkpoint(folder / name, {"model.layers.0.w.weight": values}, config={"model_type": "x"})
 
 
 def steps(name: str) -> str:
@@ -52,7 +53,7 @@ def written(folder: Path, name: str, text: str) -> Path:
 
 def test_matrix_operators_take_what_they_ask_for_and_refuse_below_it(tmp_path: Path) -> None:
     """Every one of the registry; wide enough that a tensor is more than the interpreter's own ups and downs."""
-    models(tmp_path, (640, 1280))
+    models(tmp_path, (384, 768))
     paths = {name: written(tmp_path, name, steps(name)) for name in MATRIX}
     found = peaks(tmp_path, [(p, "needed", tmp_path / f"out-{n}") for n, p in paths.items()])
     for name, (needs, peak, said) in zip(paths, found, strict=True):
@@ -63,10 +64,10 @@ def test_matrix_operators_take_what_they_ask_for_and_refuse_below_it(tmp_path: P
         assert not (tmp_path / f"less-{name}").exists() and not (tmp_path / f"less-{name}.partial").exists()
 
 
-@pytest.mark.parametrize("name", ["ties", "dare", "pcb", "emr_unified", "geometric_median", "sce"])
-def test_streamed_operators_keep_a_bound_far_below_the_models(name: str, tmp_path: Path) -> None:
-    """48 million elements, 96 MB as stored, 192 as float32, of three models; 330 MB in all, of which torch is 230."""
-    models(tmp_path, (6000, 8000))
-    text = steps(name) if registry[name].takes.space_of(0) == "delta" else f"out: {{op: {name}, of: [base, a, b]}}"
-    ((needs, peak, said),) = peaks(tmp_path, [(written(tmp_path, name, text), "400MB", tmp_path / "out")])
-    assert not said and peak <= 400e6, (peak, needs)
+def test_streamed_operators_keep_a_bound_far_below_the_models(tmp_path: Path) -> None:
+    """24 million elements of three models: 144 MB as stored, 288 as float32; 330 MB are allowed, of which torch's imports, which
+    these need not have, are most here."""
+    models(tmp_path, (4000, 6000))
+    cases = [(written(tmp_path, name, steps(name)), "330MB", tmp_path / f"out-{name}") for name in STREAMED]
+    for name, (_, peak, said) in zip(STREAMED, peaks(tmp_path, cases), strict=True):
+        assert not said and peak <= 330e6, (name, peak, said)
