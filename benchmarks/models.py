@@ -35,6 +35,9 @@ LLAMAS = {
 }
 """Llama shapes by size. b4 has four times the parameters of b1, and four times its largest tensor."""
 
+MOES = {"moe": {"hidden": 64, "inner": 32, "layers": 24, "experts": 128, "heads": 4, "kv": 2, "head": 16, "vocab": 512}}
+"""A Qwen3-MoE that is nearly all names: 9,435 tensors of a few kilobytes."""
+
 _DTYPES = {"BF16": (2, torch.bfloat16), "F32": (4, torch.float32)}
 _PIECE = 1 << 18
 
@@ -56,6 +59,33 @@ def llama(size: str) -> Tensors:
             "self_attn.q_proj": (h, h),
             "self_attn.v_proj": (kv, h),
         }
+        tensors += [(f"model.layers.{n}.{part}.weight", shape) for part, shape in block.items()]
+    return [*tensors, ("model.norm.weight", (h,)), ("lm_head.weight", (s["vocab"], h))]
+
+
+def qwen3_moe(size: str) -> Tensors:
+    """Return the tensors of a Qwen3-MoE of that size, in the layout on disk: every expert by itself."""
+    s = MOES[size]
+    h, width, kv = s["hidden"], s["heads"] * s["head"], s["kv"] * s["head"]
+    tensors: Tensors = [("model.embed_tokens.weight", (s["vocab"], h))]
+    for n in range(s["layers"]):
+        block: dict[str, Shape] = {
+            "input_layernorm": (h,),
+            "post_attention_layernorm": (h,),
+            "self_attn.q_proj": (width, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, width),
+            "self_attn.q_norm": (s["head"],),
+            "self_attn.k_norm": (s["head"],),
+            "mlp.gate": (s["experts"], h),
+        }
+        for e in range(s["experts"]):
+            block |= {
+                f"mlp.experts.{e}.gate_proj": (s["inner"], h),
+                f"mlp.experts.{e}.up_proj": (s["inner"], h),
+                f"mlp.experts.{e}.down_proj": (h, s["inner"]),
+            }
         tensors += [(f"model.layers.{n}.{part}.weight", shape) for part, shape in block.items()]
     return [*tensors, ("model.norm.weight", (h,)), ("lm_head.weight", (s["vocab"], h))]
 
@@ -93,12 +123,13 @@ def deepseek(layers: int = 61, experts: int = 256) -> Tensors:
 
 
 def family(out: Path, size: str = "b1", tuned: int = 3) -> None:
-    """Write `out/base` and its fine-tunes `out/ft0`, `out/ft1`, …: bf16 Llamas, in shards of about 1 GB.
+    """Write `out/base` and its fine-tunes `out/ft0`, `out/ft1`, …: bf16 Llamas or Qwen3-MoEs, in shards of about 1 GB.
 
     A fine-tune moves a tenth of what a weight is (standard deviation 0.002 of 0.02), partly in a direction
     that all fine-tunes share, so that their task vectors have a cosine of 0.36.
     """
-    tensors, s = llama(size), LLAMAS[size]
+    mixture = size in MOES
+    tensors, s = (qwen3_moe(size), MOES[size]) if mixture else (llama(size), LLAMAS[size])
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -107,7 +138,7 @@ def family(out: Path, size: str = "b1", tuned: int = 3) -> None:
         "num_hidden_layers": s["layers"],
         "num_attention_heads": s["heads"],
         "num_key_value_heads": s["kv"],
-        "head_dim": s["hidden"] // s["heads"],
+        "head_dim": s.get("head", s["hidden"] // s["heads"]),
         "vocab_size": s["vocab"],
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
@@ -117,6 +148,10 @@ def family(out: Path, size: str = "b1", tuned: int = 3) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if mixture:
+        config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": s["experts"]}
+        config |= {"num_experts_per_tok": 8, "moe_intermediate_size": s["inner"]}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
     def base(name: str, shape: Shape) -> Iterator[torch.Tensor]:
         for noise in _noise("base", name, shape):
@@ -230,7 +265,7 @@ def main() -> None:
         sub = kinds.add_parser(kind)
         sub.add_argument("out", type=Path)
         if kind == "family":
-            sub.add_argument("--size", choices=LLAMAS, default="b1")
+            sub.add_argument("--size", choices=[*LLAMAS, *MOES], default="b1")
             sub.add_argument("--tuned", type=int, default=3)
         elif kind == "giant":
             sub.add_argument("--layers", type=int, default=61)

@@ -19,6 +19,10 @@ import numpy as np
 from surgery.ops.fast import kernels
 from surgery.ops.statistics import Array, At
 
+_MANY = 1 << 21  # numbers that are not worth a histogram
+_SETS = 16  # of windows, by which the error of a sample is estimated
+_KEPT = 1 << 18  # numbers of a sample that are kept
+_DIGITS = 12  # leading bits that a histogram tells apart
 _WHOLE = 1 << 20  # below this many elements everything is gathered at once: no sample needed
 
 
@@ -107,15 +111,18 @@ class _Bracket:
         self.high = float(np.nextafter(sample[min(last, int(above * last) + 1)], up)) if above < 1.0 else np.inf
 
     def learn(self, windows: list[Array]) -> None:
-        """Take in a sample; `half` becomes four standard errors of a rank, by how much windows disagree."""
+        """Take in a sample; `half` becomes four standard errors of a rank, by how much windows, or sets of them, disagree."""
         seen = np.concatenate(windows)
         if not len(seen):
             return
         self.sample = np.sort(seen)
         middle = self.sample[round((1.0 - self.keep / self.total) * (len(self.sample) - 1))]
-        shares = [np.count_nonzero(w > middle) / len(w) for w in windows if len(w)]
+        shares = np.array([np.count_nonzero(w > middle) / len(w) for w in windows if len(w)])
+        if len(shares) >= _SETS**2:  # sets that are spread over the tensors alike: these differ, not the places in them
+            shares = np.array([shares[i::_SETS].mean() for i in range(_SETS)])
         self.half = max(0.002, 4.0 * float(np.std(shares)) / len(shares) ** 0.5)
         self.aim()
+        self.sample = self.sample[:: max(1, len(self.sample) // _KEPT)].copy()  # for when the bracket misses
 
 
 class _Watch:
@@ -241,10 +248,8 @@ def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
         threshold, ties = bracket.low, wanted
         equal = [v for _, (_, v) in pieces]
     else:
-        values = np.concatenate([v for _, (_, v) in pieces])
-        values.partition(len(values) - wanted)
-        threshold = float(values[len(values) - wanted])
-        ties = wanted - int(np.count_nonzero(values > threshold))
+        threshold, more = _largest([v for _, (_, v) in pieces], wanted)
+        ties = wanted - more
         equal = [int(np.count_nonzero(v == threshold)) for _, (_, v) in pieces]
     for (at, _), count in zip(pieces, equal, strict=True):
         if ties <= count:
@@ -252,3 +257,31 @@ def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
             return
         ties -= count
     raise AssertionError("a cut lies inside its bracket")
+
+
+def _largest(parts: list[Array], k: int) -> tuple[float, int]:
+    """The k-th largest of magnitudes, and how many are larger. Where there are many they are counted by their leading bits
+    first, and those of one count by the next: no more than a few are ever copied side by side."""
+    parts = [p for p in parts if len(p)]
+    above = 0
+    if sum(map(len, parts)) > _MANY:
+        dtype, kind = parts[0].dtype, np.uint32 if parts[0].dtype == np.float32 else np.uint64
+        bits = [p.view(kind) for p in parts]  # patterns of magnitudes are in the order of magnitudes
+        low, high, left = min(int(b.min()) for b in bits), max(int(b.max()) for b in bits), _MANY + 1
+        while left > _MANY and low < high:
+            shift = max(0, (high - low).bit_length() - _DIGITS)
+            counts = np.zeros(1 << _DIGITS, np.int64)
+            for b in bits:
+                digits = (b[(b >= kind(low)) & (b <= kind(high))] - kind(low)) >> kind(shift)
+                counts += np.bincount(digits.astype(np.int64), minlength=len(counts))
+            bucket = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), k - above))
+            above += int(counts[bucket + 1 :].sum())
+            left = int(counts[bucket])
+            low, high = low + (bucket << shift), min(high, low + ((bucket + 1) << shift) - 1)
+        if low == high:
+            return float(np.array([low], kind).view(dtype)[0]), above
+        parts = [b[(b >= kind(low)) & (b <= kind(high))].view(dtype) for b in bits]
+    values = np.concatenate(parts)
+    values.partition(len(values) - (k - above))
+    threshold = float(values[len(values) - (k - above)])
+    return threshold, above + int(np.count_nonzero(values > threshold))

@@ -111,11 +111,11 @@ class Blocks:
     @staticmethod
     def of_sum(expr: Expr, *, wide: bool, whole: bool) -> Blocks | None:
         """The program that computes an expression whose uppermost node may be a weighted sum, or None."""
-        if not any(isinstance(e, Applied) and e.op.blocks is not None for e in walk([expr])):
+        if kernels() is None or not any(isinstance(e, Applied) and e.op.blocks is not None for e in walk([expr])):
             return None
         if not isinstance(expr, Weighted):
             return Blocks.of([expr], wide=wide, whole=whole)
-        if wide or whole or kernels() is None:
+        if wide or whole:
             return None
         anchored, coefs, args = ordered(expr.coefs, expr.args)
         if anchored:

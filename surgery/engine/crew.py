@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from surgery.checkpoint.layout import parse_size
 from surgery.checkpoint.writer import Writer
 from surgery.engine.digest import combine, piece_digests
 from surgery.engine.evaluate import Evaluator
-from surgery.engine.execute import Executor, Job
+from surgery.engine.execute import LIGHT, Executor, Job
 from surgery.engine.jobs import ClaimPhase, Phase, Slice, WritePhase, measured
 from surgery.engine.journal import Journal
 from surgery.engine.pieces import pieces
@@ -118,7 +119,7 @@ class Threads:
     def claims(self) -> None:
         """Make sure that tensors which are declared equal are."""
         if self._plan.claims:
-            self.executor.run(Job(partial(ClaimPhase, claim)) for claim in self._plan.claims)
+            self.executor.run(Job(partial(ClaimPhase, c), light=prod(c.shape) <= LIGHT) for c in self._plan.claims)
 
     def carry_out(self, phase: Phase, tasks: Sequence[int]) -> None:
         """Some tasks of a phase that is concluded elsewhere."""
@@ -128,7 +129,12 @@ class Threads:
         """Collect statistics that do not need one another."""
         for measure in (measures := list(measures)):
             measure.statistic = None
-        self.executor.run(Job(partial(measured, [m], self._wide, self._terms.lenient, None)) for m in measures)
+
+        def job(m: Measure) -> Job:
+            light = sum(prod(part.shape) for part in m.parts) <= LIGHT
+            return Job(partial(measured, [m], self._wide, self._terms.lenient, None), light=light)
+
+        self.executor.run(map(job, measures))
 
     def write(self, programs: list[Program], place: Place) -> None:
         self.compute(programs, place.writer.write, lambda program, digest: place.journal.add(program.name, digest))
@@ -156,7 +162,8 @@ class Threads:
                 measure.statistic = None
             weight = self._plan.price.whole_tensor if program.whole else 0
             then = partial(write, program)
-            yield Job(partial(measured, list(program.measures), self._wide, self._terms.lenient, then), weight)
+            first = partial(measured, list(program.measures), self._wide, self._terms.lenient, then)
+            yield Job(first, weight, light=prod(program.shape) <= LIGHT)
 
     def check(self) -> None:
         self._reader.check()

@@ -59,9 +59,14 @@ class Evaluator:
         self._memo: dict[int, Array] = {}
         self._shared: frozenset[int] = frozenset()
         self._views: list[View] = []
+        self._held = False
 
     def begin(self, start: int, stop: int, *, wide: bool, shared: frozenset[int] = frozenset()) -> None:
         """Turn to another piece; everything returned before is void. shared: ids of expressions that are used repeatedly."""
+        same = (start, stop, wide) == (self._start, self._stop, self._work is np.float64)
+        if self._held and same and not self._views and not self._watched:  # digests are of bytes that are read for a phase
+            self._shared, self.sound = shared, None
+            return
         self._drop_views()
         self._start, self._stop, self._used = start, stop, 0
         self._work = np.float64 if wide else np.float32
@@ -69,6 +74,11 @@ class Evaluator:
         self.sound = None
         self._shared = shared
         self.seen.clear()
+
+    def hold(self, held: bool) -> None:
+        """Whether a piece that is begun again keeps what was computed of it: for phases of one small tensor after another."""
+        self._drop_views()
+        self._held, self._start, self._stop = held, -1, -1
 
     # -- numbers ---------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from surgery.engine.convert import Array
 MAPPED_FROM = 16 << 20  # bytes of a file from which on mapping it pays
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _PAGE = mmap.PAGESIZE
-_AROUND = 1 << 16  # bytes that the kernel maps around a page that is touched
+_AROUND = 1 << 21  # bytes that the kernel maps at once where its cache holds huge pages; otherwise it is 64 KB
 
 
 class Unmappable(Exception):

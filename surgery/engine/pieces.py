@@ -12,7 +12,7 @@ from math import prod
 from surgery.ops.eager import row_length
 
 PIECE = 1 << 19  # elements: large enough to keep workers out of each other's way, small enough for a core's cache
-WINDOW = 8192  # elements looked at per piece where a sample is enough
+WINDOW = 4096  # elements looked at per piece where a sample is enough
 SEGMENT = 16  # pieces that one worker takes at a time
 
 

@@ -37,10 +37,17 @@ def combination(expr: Applied | Weighted) -> tuple[Sequence[Any], Sequence[Expr]
     return [c for c, _ in kept], [a for _, a in kept]
 
 
+def _whole(total: Any) -> bool:
+    """Whether coefficients (of every row) sum to one."""
+    if isinstance(total, float):
+        return abs(total - 1.0) < 1e-9
+    return bool(np.all(np.abs(np.asarray(total) - 1.0) < 1e-9))
+
+
 def ordered(coefs: Sequence[Any], args: Sequence[Expr]) -> tuple[bool, Sequence[Any], Sequence[Expr]]:
     """In which order a sum is added up, and whether relative to its first term (`surgery.engine.evaluate.Evaluator._sum`)."""
     narrow = len(args) > 1 and all(a.dtype.size <= 2 for a in args)
-    if narrow and np.all(np.abs(np.asarray(sum(coefs)) - 1.0) < 1e-9):
+    if narrow and _whole(sum(coefs)):
         return True, coefs, args
     if len(args) > 2:  # what is added to the first (a base) is small: add it up first, and round against the base once
         return False, [*coefs[1:], coefs[0]], [*args[1:], args[0]]

@@ -225,5 +225,8 @@ def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
             yield expr
         elif id(expr) not in seen:
             seen.add(id(expr))
-            stack.append((expr, True))
-            stack.extend((a, False) for a in reversed(expr.args))
+            if args := expr.args:
+                stack.append((expr, True))
+                stack.extend([(a, False) for a in reversed(args)])
+            else:
+                yield expr
