@@ -21,7 +21,7 @@ LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": ["fc1", "fc2"]}}
 CLAIMS = [
     Claim(
         "Training of a LoRA gets further in as many updates.",
-        "LoRA reaches the loss of plain training with 41 to 87 % fewer FLOPs",
+        "the loss of plain training with up to 87 % fewer FLOPs",
         "NLL after 30 updates {plain30}, with repetitions {fast30}; after 120 {plain120}",
         "< plain after 30",
         lambda f: f.fast30 < f.plain30,

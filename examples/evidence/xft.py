@@ -55,7 +55,8 @@ def measure(rig: Characters) -> Figures:
     ids = torch.tensor([r["input_ids"] for r in rig.rows(TOPIC, "test")[:8]])
     with torch.no_grad():
         want, got = (rig.alive(m)(input_ids=ids).logits for m in (dense, moe))
-    tuned = rig.tuned("moe-tuned", TOPIC, start=moe)
+    long = {"steps": 150, "lr": 1e-2}
+    tuned = rig.tuned("moe-tuned", TOPIC, start=moe, **long)
     curve = [rig.bits(steps.downcycle(tuned, shared_weight=s), TOPIC) for s in SHARES]
     found = learn_mixing(tuned.node, rig.file(TOPIC, "train", most=400), steps=30, rate=0.1)
     shares = {f"{block}.*": list(s) for block, s in found.shares.items()}
@@ -63,7 +64,7 @@ def measure(rig: Characters) -> Figures:
         "off": float((want - got).abs().max()),
         **{f"at{round(100 * s)}": b for s, b in zip(SHARES, curve, strict=True)},
         "learned": rig.bits(steps.downcycle(tuned, weights=shares), TOPIC),
-        "dense": rig.bits(rig.tuned("dense-tuned", TOPIC, start=dense), TOPIC),
+        "dense": rig.bits(rig.tuned("dense-tuned", TOPIC, start=dense, **long), TOPIC),
         "base": rig.bits(dense, TOPIC),
         "curve": curve,
     }

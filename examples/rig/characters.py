@@ -60,7 +60,7 @@ class Characters:
 
     def texts(self, topic: str, split: str = "train") -> list[str]:
         """Texts of 64 characters. split: train, validation or test."""
-        everything = _sources(topic)
+        everything = sources(topic)
         order = np.random.default_rng([self.seed, *topic.encode()]).permutation(len(everything))
         first, second = COUNTS["test"], COUNTS["test"] + COUNTS["validation"]
         rows = {"test": order[:first], "validation": order[first:second], "train": order[second:]}[split]
@@ -165,7 +165,7 @@ class Characters:
 
 
 @cache
-def _sources(topic: str) -> list[str]:
+def sources(topic: str) -> list[str]:
     """All texts of a topic, in the order of its files, without the characters that the rig does not know."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for g in TOPICS[topic] for p in sorted(root.glob(g))]
