@@ -51,6 +51,12 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "you rely on them.",
         "",
     ]
+    if len(counts) > 1:
+        lines += [
+            "**Not every system has been measured on as many seeds**: this printing is one of `--so-far`, of what was kept "
+            "before the command had come to its end (`--resume` goes on). A verdict over one seed says little.",
+            "",
+        ]
     lines += _failing(scripts, verdicts)
     for name, shown in scripts.items():
         lines += _section(name, shown, found[name])

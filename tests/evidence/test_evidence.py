@@ -76,6 +76,8 @@ def test_a_page_of_unequal_seeds_says_how_many_each_has() -> None:
     shown: Any = SimpleNamespace(TITLE="T", SOURCE="S.", RIG="digits", CLAIMS=[CLAIM])
     told = page({"x": shown, "y": shown}, {"x": seeds((1, 2)), "y": seeds((1, 2), (1, 2), (2, 3))})
     assert "over 1 to 3 seeds, as each section says" in told
+    assert "printing is one of `--so-far`" in told
+    assert "--so-far" not in page({"y": shown}, {"y": seeds((1, 2), (1, 2), (2, 3))})
     assert "x.py`. Seeds: 1." in told and "y.py`. Seeds: 3." in told
 
 
