@@ -265,7 +265,8 @@ def _largest(parts: list[Array], k: int) -> tuple[float, int]:
     parts = [p for p in parts if len(p)]
     above = 0
     if sum(map(len, parts)) > _MANY:
-        dtype, kind = parts[0].dtype, np.uint32 if parts[0].dtype == np.float32 else np.uint64
+        dtype = parts[0].dtype
+        kind: Any = np.uint32 if dtype == np.float32 else np.uint64
         bits = [p.view(kind) for p in parts]  # patterns of magnitudes are in the order of magnitudes
         low, high, left = min(int(b.min()) for b in bits), max(int(b.max()) for b in bits), _MANY + 1
         while left > _MANY and low < high:
