@@ -31,9 +31,10 @@ LLAMAS = {
     "small": {"hidden": 256, "inner": 688, "layers": 4, "heads": 4, "kv": 2, "vocab": 4000},
     "m100": {"hidden": 768, "inner": 2048, "layers": 12, "heads": 12, "kv": 4, "vocab": 32000},
     "b1": {"hidden": 2048, "inner": 5632, "layers": 22, "heads": 32, "kv": 4, "vocab": 32000},
+    "b1x3": {"hidden": 2048, "inner": 5632, "layers": 3, "heads": 32, "kv": 4, "vocab": 32000},
     "b4": {"hidden": 4096, "inner": 11264, "layers": 24, "heads": 64, "kv": 8, "vocab": 32000},
 }
-"""Llama shapes by size. b4 has four times the parameters of b1, and four times its largest tensor."""
+"""Llama shapes by size. b1x3 is three blocks of b1; b4 has four times its parameters and four times its largest tensor."""
 
 MOES = {"moe": {"hidden": 64, "inner": 32, "layers": 24, "experts": 128, "heads": 4, "kv": 2, "head": 16, "vocab": 512}}
 """A Qwen3-MoE that is nearly all names: 9,435 tensors of a few kilobytes."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         number("alpha", 1.0, "Scales what the deltas add to their mean."),
         number("share", 0.04, "Share of the rank that is kept of each.", low=0.0, high=1.0, above=True),

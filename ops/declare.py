@@ -139,6 +139,12 @@ def _alike(shape: Sequence[int], statistic: Sequence[int]) -> str | None:
     return None if tuple(shape) == tuple(statistic) else f"must have the shape {list(shape)}, has {list(statistic)}"
 
 
+def _holds(count: int, shape: Sequence[int]) -> int:
+    """What one eigendecomposition at a time and a few products take (`surgery.ops.matrices`), of each matrix of a stack."""
+    m, n = [1, *shape][-2:]
+    return 9 * math.prod(shape) + 8 * (6 * m * n + 8 * min(m, n) ** 2)
+
+
 @dataclass(frozen=True)
 class Op:
     """A declared operator. Calling it on tensors computes; calling it on checkpoints builds a lazy one.
@@ -170,6 +176,10 @@ class Op:
     fits: Callable[[Sequence[int], Sequence[int]], str | None] = _alike  # (shape, statistic's shape) -> what is wrong
     remark: Callable[..., str | None] = field(default=lambda count, shape, **_: None)
     """(count, shape, **params): what the plan says of tensors of that shape, where the operator does less than its name."""
+    anywhere: bool = False  # of locality "matrix": tensors may lie on any device of torch, and the result then lies there
+    holds: Callable[..., int] = field(default=lambda count, shape, **_: _holds(count, shape))
+    """(count, shape, **params): bytes that an operator of locality "matrix" holds at most beside its inputs, of which there are
+    `count`, its result and what LAPACK works in included, for float32 inputs; float64 may take twice as much."""
     without: Callable[..., Sequence[float]] = field(default=lambda count, **_: [1.0 / count] * count)
     """(models, **params): the coefficients where a tensor has no statistics."""
 

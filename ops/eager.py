@@ -66,7 +66,7 @@ def apply_to_tensors(
         extra["at"] = at
     statistic = op.statistic(count, [flat[0].numel()], **values) if op.statistic else None
     if statistic is not None:
-        arrays = [x.numpy() for x in flat]
+        arrays = [x.cpu().numpy() for x in flat]
         while not statistic.conclude([(at, statistic.observe(arrays, at))]):
             pass
         extra["measured"] = statistic.result(0)

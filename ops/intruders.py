@@ -46,7 +46,7 @@ class Directions:
             products = self._short.T @ u
         else:  # without forming the left vectors: u_i^T u = v_i^T (x^T u) / s_i
             products = (self._short.T @ times_transposed(self._x, u)).div_(self.s[:, None])
-        return products.abs().amax(dim=0) if len(self.s) else torch.zeros(u.shape[1], dtype=torch.float64)
+        return products.abs().amax(dim=0) if len(self.s) else torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
 
 
 @pointwise(
@@ -54,6 +54,7 @@ class Directions:
     takes=takes("tuned", "base", space="weights"),
     gives="weights",
     locality="matrix",
+    anywhere=True,
     params=[
         number("scale", 0.75, "What is left of the singular value of each intruder; 0 removes it.", low=0.0),
         integer("k", 10, "Leading directions of the tuned matrix that are looked at.", low=1),

@@ -20,6 +20,7 @@ _ALPHA = number("alpha", 1.0, "Scales the result.")
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[_ALPHA, LARGEST],
     needs=("depth",),
     reduces=scaled_mean,
@@ -75,6 +76,7 @@ def _remark(count: int, shape: Sequence[int], *, common: float, **_: Any) -> str
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         _ALPHA,
         number("common", 0.8, "Share of the directions that are common; the rest are divided among the deltas.", low=0, high=1),

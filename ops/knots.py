@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.ops.declare import boolean, choice, number, pointwise, takes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         choice("inner", "ties", ("ties", "mean"), "How the aligned deltas are merged."),
         number("density", 0.3, "Share of each that TIES keeps.", low=0.0, high=1.0, above=True, per_input=True),
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         LARGEST,
     ],
     needs=("depth",),
+    holds=lambda count, shape, **_: 9 * prod(shape) + 8 * (3 * count + 9) * prod([1, *shape][-2:]),
     check=lambda count, *, weight, inner, normalize, **_: (
         "the weights sum to zero" if inner == "mean" and normalize and sum(weight) == 0.0 else None
     ),

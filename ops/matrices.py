@@ -88,8 +88,9 @@ def over_matrices(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x` itself, or a copy where its memory is not contiguous and aligned as torch's own."""
-    return x if x.is_contiguous() and x.data_ptr() % _ALIGNED == 0 else x.clone(memory_format=torch.contiguous_format)
+    """`x` itself, or a copy where its memory is not contiguous and, of a processor's, not aligned as torch's own."""
+    sound = x.is_contiguous() and (x.device.type != "cpu" or x.data_ptr() % _ALIGNED == 0)
+    return x if sound else x.clone(memory_format=torch.contiguous_format)
 
 
 def mean(deltas: Sequence[Tensor]) -> Tensor:
@@ -180,7 +181,7 @@ def gram(x: Tensor) -> Tensor:
         for part in parts[1:]:
             made.addmm_(part, part.T)
         return made
-    made = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    made = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(_SLAB):
         wide = part.to(torch.float64)
         made.addmm_(wide.T, wide)
@@ -189,7 +190,7 @@ def gram(x: Tensor) -> Tensor:
 
 def times(x: Tensor, w: Tensor) -> Tensor:
     """x w in float64, without a float64 copy of x (m, n); w (n, k) is float64."""
-    made = torch.empty(x.shape[0], w.shape[1], dtype=torch.float64)
+    made = torch.empty(x.shape[0], w.shape[1], dtype=torch.float64, device=x.device)
     for part, out in zip(x.split(_SLAB), made.split(_SLAB), strict=True):
         torch.mm(part.to(torch.float64), w, out=out)
     return made
@@ -197,7 +198,7 @@ def times(x: Tensor, w: Tensor) -> Tensor:
 
 def times_transposed(x: Tensor, w: Tensor) -> Tensor:
     """x^T w in float64, as `times`; w (m, k)."""
-    made = torch.zeros(x.shape[1], w.shape[1], dtype=torch.float64)
+    made = torch.zeros(x.shape[1], w.shape[1], dtype=torch.float64, device=x.device)
     for part, rows in zip(x.split(_SLAB), w.split(_SLAB), strict=True):
         made.addmm_(part.to(torch.float64).T, rows)
     return made

@@ -43,6 +43,11 @@ def _check(count: int, **_: Any) -> str | None:
     return None
 
 
+def _holds(count: int, shape: Sequence[int], **_: Any) -> int:
+    m, n = [1, *shape][-2:]
+    return 8 * (6 * m * n + 8 * max(m, n) ** 2)
+
+
 def solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     """X with (matrix + ridge diag(matrix)) X = right, for a symmetric positive semidefinite matrix, in float64.
 
@@ -58,7 +63,7 @@ def solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     if int(failed) == 0:
         made: Tensor = torch.cholesky_solve(right, factor)
     elif bool(torch.isfinite(matrix).all() and torch.isfinite(right).all()):
-        made = torch.linalg.lstsq(matrix, right, driver="gelsd").solution
+        made = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsd").solution.to(matrix.device)  # LAPACK's alone
     else:
         made = torch.full_like(right, torch.nan)
     return made.mul_(scale[:, None])
@@ -69,12 +74,14 @@ def solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     takes=takes("models…", "statistics…", space="same", at_least=2, statistics="gram"),
     gives="first",
     locality="matrix",
+    anywhere=True,
     params=[
         number("a", 0.9, "What is left of the off-diagonal of each Gram matrix; 0.5 for language models in MergeBench.",
                low=0.0, high=1.0),
         number("ridge", 1e-6, "Added to the diagonal, times itself, against the rounding of the statistics.", low=0.0),
     ],
     check=_check,
+    holds=_holds,
     fits=_fits,
 )  # fmt: skip
 def regmean(inputs: Sequence[Tensor], *, a: float, ridge: float) -> Tensor:

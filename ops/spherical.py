@@ -131,8 +131,10 @@ def nuslerp(
     takes=takes("first", "second", space="same"),
     gives="first",
     locality="matrix",
+    anywhere=True,
     params=[number("weight", 1.0, _SHARE, per_input=True), _LIKE],
     check=_shares_check,
+    holds=lambda count, shape, **_: 40 * math.prod(shape),
 )
 def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float], like: str | None = None) -> Tensor:
     """Interpolate along arcs as nuslerp does, with an angle for each column of a matrix.
@@ -160,8 +162,8 @@ def nuslerp_columns(tensors: Sequence[Tensor], *, weight: Sequence[float], like:
     if not a.numel():
         return a
     wide = [x.reshape(x.shape[0] if x.ndim else 1, -1).double() for x in (a, b)]
-    aa, bb, ab = ((p * q).sum(dim=0).numpy() for p, q in ((wide[0], wide[0]), (wide[1], wide[1]), (wide[0], wide[1])))
-    first, second = (torch.from_numpy(c).to(a.dtype) for c in _arc(aa, bb, ab, _position(weight)))
+    aa, bb, ab = ((p * q).sum(dim=0).cpu().numpy() for p, q in ((wide[0], wide[0]), (wide[1], wide[1]), (wide[0], wide[1])))
+    first, second = (torch.from_numpy(c).to(a.device, a.dtype) for c in _arc(aa, bb, ab, _position(weight)))
     return (a.reshape(wide[0].shape) * first + b.reshape(wide[0].shape) * second).reshape(a.shape)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     takes=takes("merged", "deltas…", space="delta", at_least=2),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         number("alpha", 0.1, "Least overlap that counts; lower strengthens more.", low=0.0, above=True),
         LARGEST,

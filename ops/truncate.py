@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     takes=takes("delta", space="delta"),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         number("rank", "full", "Singular directions kept at most.", low=0, words=("full",), rank=True),
         number("energy", 1.0, "Enough directions for this share of the squared norm.", low=0.0, high=1.0),

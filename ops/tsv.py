@@ -37,6 +37,7 @@ def _remark(count: int, shape: Sequence[int], **_: Any) -> str | None:
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[number("alpha", 1.0, "Scales the result."), LARGEST],
     needs=("depth",),
     reduces=scaled_mean,
@@ -127,7 +128,7 @@ def interference(deltas: Sequence[Tensor], rank: int | None = None) -> Interfere
     rank = rank if rank is not None else max(1, min(deltas[0].shape) // len(deltas))
     parts = _leading(deltas, rank)
     u, s, v = _joined(parts)
-    left, right = (x.T @ x - torch.eye(len(s), dtype=torch.float64) for x in (u, v))
+    left, right = (x.T @ x - torch.eye(len(s), dtype=torch.float64, device=s.device) for x in (u, v))
     score = float(((left * s) @ right).abs().sum())
     widths = [p.rank for p in parts]
     return Interference(score, float(s.sum()), _overlap(left, widths), _overlap(right, widths))
@@ -149,6 +150,7 @@ def _overlap(products: Tensor, widths: Sequence[int]) -> float:
     takes=takes("delta", space="delta"),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         number("ratio", 0.1, "Share of the rank that is kept.", low=0.0, high=1.0, above=True),
         LARGEST,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
-from typing import TYPE_CHECKING
+from math import prod, sqrt
+from typing import TYPE_CHECKING, Any
 
 from surgery.ops.declare import integer, number, pointwise, takes
 from surgery.ops.lazy import torch
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 _BETAS, _TINY = (0.9, 0.999), 1e-8  # Adam's defaults
 
 
+def _holds(count: int, shape: Sequence[int], **_: Any) -> int:
+    m, n = [1, *shape][-2:]
+    return 9 * prod(shape) + 4 * ((14 + count) * m * n + 6 * n * n)
+
+
 @pointwise(
     "wudi",
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         integer("steps", 300, "Steps of Adam.", low=0),
         number("rate", 1e-5, "Learning rate; an element moves by about this much in a step.", low=0.0),
@@ -28,6 +34,7 @@ _BETAS, _TINY = (0.9, 0.999), 1e-8  # Adam's defaults
     ],
     needs=("depth",),
     reduces=plain_mean,
+    holds=_holds,
 )
 def wudi(deltas: Sequence[Tensor], *, steps: int, rate: float, largest: float, depth: Depth = None) -> Tensor:
     """Start from the sum of the deltas and lower its interference with each by gradient descent (WUDI).
@@ -65,12 +72,14 @@ def wudi(deltas: Sequence[Tensor], *, steps: int, rate: float, largest: float, d
     takes=takes("deltas…", space="delta", at_least=1),
     gives="delta",
     locality="matrix",
+    anywhere=True,
     params=[
         number("ridge", 1e-3, "How firmly the result is held towards zero, relative to the mean eigenvalue.", low=0.0),
         LARGEST,
     ],
     needs=("depth",),
     reduces=plain_mean,
+    holds=_holds,
 )
 def wudi_solve(deltas: Sequence[Tensor], *, ridge: float, largest: float, depth: Depth = None) -> Tensor:
     """Solve for the delta that interferes least with each (the minimum of WUDI's loss).
@@ -105,7 +114,7 @@ def wudi_solve(deltas: Sequence[Tensor], *, ridge: float, largest: float, depth:
 def _normal(deltas: Sequence[Tensor], start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(H, K): sum_i G_i (n, n) and sum_i (delta_i - start) G_i (m, n), float64. A delta of zeros has no G."""
     m, n = deltas[0].shape
-    h, k = (torch.zeros(rows, n, dtype=torch.float64) for rows in (n, m))
+    h, k = (torch.zeros(rows, n, dtype=torch.float64, device=deltas[0].device) for rows in (n, m))
     for x in deltas:
         wide = x.to(torch.float64)
         square = float(wide.square().sum())
@@ -150,7 +159,7 @@ def _solved(deltas: Sequence[Tensor], ridge: float) -> Tensor:
     n = len(h)
     mu = ridge * float(h.trace()) / n
     if mu > 0.0:
-        factor, failed = torch.linalg.cholesky_ex(h + mu * torch.eye(n, dtype=torch.float64))
+        factor, failed = torch.linalg.cholesky_ex(h + mu * torch.eye(n, dtype=torch.float64, device=h.device))
         if not int(failed):
             return torch.cholesky_solve(k.T, factor).T
     values, vectors = torch.linalg.eigh(h)

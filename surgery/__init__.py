@@ -9,7 +9,7 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery import ops, steps
-    from surgery.api import Checkpoint, align, load, open
+    from surgery.api import Checkpoint, align, load, open, run
     from surgery.errors import Failed, Refused, SurgeryError
 
 _HOME = {
@@ -17,11 +17,12 @@ _HOME = {
     "align": "surgery.api",
     "open": "surgery.api",
     "load": "surgery.api",
+    "run": "surgery.api",
     "Refused": "surgery.errors",
     "Failed": "surgery.errors",
     "SurgeryError": "surgery.errors",
 }
-__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "align", "load", "open", "ops", "steps"]
+__all__ = ["Checkpoint", "Failed", "Refused", "SurgeryError", "__version__", "align", "load", "open", "ops", "run", "steps"]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,62 @@ def load(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     return Checkpoint(read_recipe(recipe, overrides or {}).node)
 
 
+def run(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    engine: str = "local",
+    address: str | None = None,
+    device: str = "cpu",
+    stream: bool = False,
+    **options: Any,
+) -> Any:
+    """Carry out a recipe file, as `surgery run` does; returns a report of what was done.
+
+    overrides: dotted key -> value. engine: "local", or "ray": the cluster at `address` ("host:port"; "local": one of this
+    machine alone, for this run; default RAY_ADDRESS or the cluster that this machine belongs to). device: as in
+    `Checkpoint.save`. stream: read hub models by byte ranges. options: of `surgery.engine.run.run`, such as memory, threads,
+    resume. Raises Refused or Failed.
+    """
+    from surgery.engine.plan import make_plan
+    from surgery.engine.run import run as carry_out
+    from surgery.recipe.native import read_recipe
+    from surgery.remote.mode import is_streaming, streaming
+
+    with streaming(stream):
+        read = read_recipe(recipe, overrides or {})
+        plan = make_plan(read.node, read.settings)
+    crew = _crew(recipe, overrides or {}, engine, address, device, stream or is_streaming())
+    return carry_out(plan, out, hire=crew, **options)
+
+
+def _crew(
+    recipe: str | os.PathLike[str], overrides: Mapping[str, Any], engine: str, address: str | None, device: str, streams: bool
+) -> Any:
+    """Who carries out a recipe."""
+    if engine not in ("local", "ray"):
+        raise Refused(f"engine: `{engine}` is none", hint="local or ray")
+    if engine == "local":
+        if address is not None:
+            raise Refused("address names a cluster", hint='add engine="ray"')
+        return _on(device)
+    from surgery.cluster.crew import hire
+
+    if device != "cpu":
+        raise Refused("device is of the threads of this process; on a cluster there are none", hint="leave one out")
+    return hire(os.fspath(recipe), overrides, streams=streams, address=address)
+
+
+def _on(device: str) -> Any:
+    """The crew of a device, which warns of what does not run there although it was meant to."""
+    import warnings
+
+    from surgery.device.crew import hire
+
+    return hire(device, lambda text: warnings.warn(text, stacklevel=4))
+
+
 def align(
     checkpoints: Sequence[Checkpoint],
     tokenizer: str | Mapping[str, Any] = "union",
@@ -256,9 +312,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
         threads: int | None = None,
         allow_nonfinite: bool = False,
         durable: bool = False,
+        device: str = "cpu",
         **settings: Any,
     ) -> Any:
-        """Stream this to a new checkpoint directory; see `plan` for settings and `surgery.engine.run.run` for the rest."""
+        """Stream this to a new checkpoint directory; see `plan` for settings and `surgery.engine.run.run` for the rest.
+
+        device: where weighted sums and matrix operators run: "cpu", "cuda", "cuda:1", or "auto", which takes the
+        processor where there is no other. What cannot run there although it was meant to is a warning.
+        """
         from surgery.engine.run import run
 
         return run(
@@ -270,6 +331,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             threads=threads,
             allow_nonfinite=allow_nonfinite,
             durable=durable,
+            hire=_on(device),
         )
 
     def to_transformers(self, **options: Any) -> Any:
@@ -319,4 +381,4 @@ def _ops() -> Mapping[str, Op]:
     return registry
 
 
-__all__ = ["Checkpoint", "Layers", "LazyTensor", "align", "load", "open"]
+__all__ = ["Checkpoint", "Layers", "LazyTensor", "align", "load", "open", "run"]

@@ -28,7 +28,8 @@ BELOW = {
     "lab": {"recipe", "statistics", "inputs", "engine", "graph", "checkpoint", "ops", "errors", "version", "live", "api"},
     "recipe": {"inputs", "steps", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
     "cluster": {"recipe", "remote", "engine", "graph", "checkpoint", "errors", "version"},
-    "api": {"live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
+    "device": {"engine", "graph", "checkpoint", "ops", "errors"},
+    "api": {"cluster", "device", "remote", "live", "recipe", "inputs", "vocabulary", "engine", "graph", "checkpoint", "ops", "errors"},
 }
 
 

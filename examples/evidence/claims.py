@@ -15,7 +15,7 @@ Figures = Mapping[str, Any]  # of one seed: name -> number, or a curve for the p
 
 
 class Script(Protocol):
-    """What a file of this folder holds. RIG: "digits", or "" where nothing is trained. measure: the figures of
+    """What a file of this folder holds. RIG: "digits", "characters", or "" where nothing is trained. measure: the figures of
     one seed. draw: the plot of all of them."""
 
     __name__: str

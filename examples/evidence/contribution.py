@@ -41,7 +41,7 @@ CLAIMS = [
 
 
 def measure(rig: Digits) -> Figures:
-    from surgery.lab.contribution import contribution
+    from surgery.lab.tuco import contribution
 
     own, other, error, above, highest, curves = [], [], 0.0, 0, 0, []
     for d in TARGETS:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from evidence.claims import Figures, Script, Verdict, here, verdict
 
-RIGS = {"digits": "digits", "": "no model"}
+RIGS = {"digits": "digits", "characters": "characters", "": "no model"}
 
 
 def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) -> str:
     import torch
 
-    seeds = max(len(f) for f in found.values())
+    counts = sorted({len(f) for f in found.values()})
+    seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds, as each section says"
     verdicts = {(n, c.says): verdict(c, found[n]) for n, s in scripts.items() for c in s.CLAIMS}
     whole = sum(v.reproduces == "yes" for v in verdicts.values())
     lines = [
@@ -26,7 +27,7 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "```",
         "",
         "which also draws a plot for each. Figures are means ± standard deviations over "
-        f"{seeds} seeds (a seed draws the split, the initial weights and the order of examples), and *reproduces* says whether "
+        f"{seeds} (a seed draws the split, the initial weights and the order of examples), and *reproduces* says whether "
         "the test in the last column but one holds in all of them (yes), in none (no), or in how many.",
         "",
         f"Of {len(verdicts)} claims {whole} reproduce in every seed. Python {platform.python_version()}, torch "
@@ -37,6 +38,9 @@ def page(scripts: Mapping[str, Script], found: Mapping[str, Sequence[Figures]]) 
         "perm. The base sees 150 examples of each, fine-tunes up to 1000 of one, with a frozen head; the other "
         "domains are then "
         "the control. 497 test examples per domain: one of them is 0.002. Weights and settings are chosen on 300 others.",
+        "* *characters*: a Llama of six blocks (width 32, 60,000 parameters) that reads the standard library's sources "
+        "character by character. The base sees `json`, `email`, `asyncio`, `http` and `logging`, fine-tunes one other package. "
+        "Figures are bits per character on 100 held-out texts of 64.",
         "",
         "What holds for models this small need not hold for large ones, and what fails here may work there. A *no* "
         "says that the "
@@ -67,7 +71,9 @@ def _failing(scripts: Mapping[str, Script], verdicts: Mapping[tuple[str, str], V
 
 
 def _section(name: str, shown: Script, found: Sequence[Figures]) -> list[str]:
-    lines = [f"## {shown.TITLE}", "", f"{shown.SOURCE} Rig: {RIGS[shown.RIG]}. Script: `examples/evidence/{name}.py`.", ""]
+    lines = [f"## {shown.TITLE}", "",
+             f"{shown.SOURCE} Rig: {RIGS[shown.RIG]}. Script: "
+             f"`examples/evidence/{name}.py`. Seeds: {len(found)}.", ""]  # fmt: skip
     lines += ["| claim | paper | here | test | reproduces |", "|---|---|---|---|---|"]
     for claim in shown.CLAIMS:
         said = [claim.says, claim.paper or "–", here(claim, found), claim.test, verdict(claim, found).reproduces]

@@ -5,7 +5,8 @@
     python examples/evidence/run.py > docs/evidence.md
 
 Progress goes to stderr, plots and figures to the work folder (default `.evidence/`), where base models and fine-tunes are kept
-from run to run. --resume also keeps figures whose script, rig and surgery are as they were.
+from run to run. Figures are written as soon as a script is done with a seed: a run that was ended goes on with --resume, which
+keeps those whose script, rig and surgery are as they were. --so-far measures nothing and prints the page of what is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from evidence.claims import Figures, Script, script  # noqa: E402
-from evidence.page import page  # noqa: E402
+from evidence.page import RIGS, page  # noqa: E402
 from evidence.plots import plot  # noqa: E402
 
 NOT_SYSTEMS = {"__init__", "claims", "page", "plots", "run"}
@@ -37,7 +38,7 @@ NOT_SYSTEMS = {"__init__", "claims", "page", "plots", "run"}
 def names() -> list[str]:
     """Of all scripts, in the order of the page."""
     found = {p.stem for p in HERE.glob("*.py")} - NOT_SYSTEMS
-    return sorted(found, key=lambda n: (load(n).RIG != "digits", n))
+    return sorted(found, key=lambda n: (list(RIGS).index(load(n).RIG), n))
 
 
 def load(name: str) -> Script:
@@ -45,12 +46,8 @@ def load(name: str) -> Script:
 
 
 def rig_of(name: str, work: Path, seed: int) -> object:
-    """The rig that a script asks for."""
-    if name == "digits":
-        from rig.digits import Digits
-
-        return Digits(work, seed)
-    return seed
+    """The rig that a script asks for: class `Digits` of `rig.digits`; without one the seed alone."""
+    return getattr(importlib.import_module(f"rig.{name}"), name.title())(work, seed) if name else seed
 
 
 def measured(name: str, seed: int, work: Path) -> tuple[Figures, float]:
@@ -85,13 +82,17 @@ def main() -> None:
     for seed in seeds:
         for name in chosen:
             file = kept / f"{name}-{seed}.json"
-            saved = json.loads(file.read_text()) if options.resume and file.exists() else {}
+            saved = json.loads(file.read_text()) if (options.resume or options.so_far) and file.exists() else {}
             if saved.get("stamp") == stamp(name):
                 found[name][seed] = saved["figures"]
             else:
                 jobs.append((name, seed))
     began, failed = time.perf_counter(), list[str]()
-    if jobs:
+    if options.so_far:
+        chosen = [name for name in chosen if found[name]]
+        if not chosen:
+            sys.exit(f"{kept} holds no figures of this code yet")
+    elif jobs:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             waiting = {pool.submit(measured, name, seed, work): (name, seed) for name, seed in jobs}
@@ -103,16 +104,23 @@ def main() -> None:
                     continue
                 figures, seconds = done.result()
                 found[name][seed] = figures
-                (kept / f"{name}-{seed}.json").write_text(json.dumps({"stamp": stamp(name), "figures": figures}))
+                keep(kept / f"{name}-{seed}.json", {"stamp": stamp(name), "figures": figures})
                 print(f"{name}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(dict.fromkeys(failed))}; what was measured is kept, --resume goes on")
     scripts = {name: load(name) for name in chosen}
-    listed = {name: [found[name][seed] for seed in seeds] for name in chosen}
+    listed = {name: [found[name][seed] for seed in seeds if seed in found[name]] for name in chosen}
     for name in chosen:
         plot(work / "plots" / f"{name}.png", scripts[name], listed[name])
     print(page(scripts, listed), end="")
     print(f"{time.perf_counter() - began:.0f} s; plots: {work / 'plots'}", file=sys.stderr)
+
+
+def keep(file: Path, made: dict[str, object]) -> None:
+    """Written in one piece, so that an interruption leaves no half of it."""
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(made))
+    scratch.replace(file)
 
 
 def arguments() -> argparse.Namespace:
@@ -122,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (2)")
     parser.add_argument("--work", type=Path, default=Path(".evidence"), help="folder for models, figures and plots")
     parser.add_argument("--resume", action="store_true", help="keep figures of earlier runs of the same code")
+    parser.add_argument("--so-far", action="store_true", help="measure nothing: the page of what is kept")
     made = parser.parse_args()
     for name in made.names:
         if name not in names():

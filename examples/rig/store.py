@@ -25,7 +25,11 @@ def digest(files: Iterable[Path], *more: object) -> str:
     return made.hexdigest()
 
 
-PARTS = {"digits": ("store.py", "digits.py", "network.py", "collected.py"), "": ()}
+PARTS = {
+    "digits": ("store.py", "digits.py", "network.py", "collected.py"),
+    "characters": ("store.py", "characters.py"),
+    "": (),
+}
 
 
 def sources(rig: str) -> list[Path]:

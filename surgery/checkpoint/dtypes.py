@@ -62,6 +62,7 @@ _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "f
 _ALIASES |= {"fp64": "float64", "double": "float64", "f32": "float32", "f16": "float16", "float8_e4m3": "float8_e4m3fn"}
 
 BF16 = BY_NAME["BF16"]
+F16 = BY_NAME["F16"]
 F32 = BY_NAME["F32"]
 F64 = BY_NAME["F64"]
 WRITABLE_FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")

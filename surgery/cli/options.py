@@ -16,6 +16,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print plain data on
 STREAM = click.option(
     "--stream", is_flag=True, help="Read hub models by byte ranges instead of downloading them first (SURGERY_STREAM=1)."
 )
+DEVICE = click.option(
+    "--device", default="cpu", metavar="NAME", help="Where sums and matrix operators run: cpu, cuda, cuda:N or auto."
+)
 OUT = click.option("-o", "--out", required=True, type=click.Path(), help="The directory to write.")
 
 

@@ -130,7 +130,7 @@ def layers(
     \b
     undone  the measure with this layer at the base's values, less that of TUNED
     hump    the most that the layer's own path is worse than the straight line between its ends; large: a straggler
-    sharp   the most that it gets worse when the layer moves at random by --radius of its norm
+    sharp   the most that it gets worse when the layer moves by --radius of its norm, up the gradient or at random
 
     \b
     Example:

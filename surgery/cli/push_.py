@@ -85,22 +85,39 @@ def _push(folder: Path, repo: str, *, private: bool, revision: str | None, messa
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """What the hub library raises, as one line."""
+    """What the hub library raises, as one line. It wraps what happens to a single file, and lets its client's errors
+    through, whichever that is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from surgery.errors import SurgeryError
+
+    expected: Any = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except expected as problem:
+        raise _error(repo, problem) from None
+
+
+def _error(repo: str, problem: BaseException) -> Exception:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     from surgery.errors import Failed, Refused
 
-    try:
-        yield
-    except OfflineModeIsEnabled:
-        raise Refused(f"{repo}: the hub is switched off (HF_HUB_OFFLINE)", hint="unset HF_HUB_OFFLINE") from None
-    except (HFValidationError, LocalTokenNotFoundError) as problem:
-        raise Refused(f"{repo}: {str(problem).splitlines()[0]}", hint="write org/name; `hf auth login` once") from None
-    except HfHubHTTPError as problem:
+    again = "give the same command again: it goes on"
+    if type(problem) is RuntimeError and isinstance(problem.__cause__, Exception):
+        inner = _error(repo, problem.__cause__)
+        return type(inner)(f"{str(problem).splitlines()[0].rstrip('.')}: {inner.message}", hint=inner.hint)  # type: ignore[attr-defined, call-arg]
+    if isinstance(problem, OfflineModeIsEnabled):
+        return Refused(f"{repo}: the hub is switched off (HF_HUB_OFFLINE)", hint="unset HF_HUB_OFFLINE")
+    if isinstance(problem, HFValidationError | LocalTokenNotFoundError):
+        return Refused(f"{repo}: {str(problem).splitlines()[0]}", hint="write org/name; `hf auth login` once")
+    if isinstance(problem, HfHubHTTPError):
         status = getattr(problem.response, "status_code", None)
         if status in (401, 403):
             hint = "`hf auth login` with a token that may write there"
-            raise Refused(f"{repo}: the hub does not let you write there ({status})", hint=hint) from None
-        raise Failed(f"{repo}: the hub answers {status}", hint="give the same command again: it goes on") from None
-    except OSError as problem:
-        raise Failed(f"{repo}: {str(problem).splitlines()[0]}", hint="give the same command again: it goes on") from None
+            return Refused(f"{repo}: the hub does not let you write there ({status})", hint=hint)
+        return Failed(f"{repo}: the hub answers {status}", hint=again)
+    said = str(problem).strip().splitlines()
+    return Failed(f"{repo}: {said[0] if said else type(problem).__name__}", hint=again)

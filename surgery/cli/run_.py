@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.options import OUT, RECIPE, SET, STREAM, run_options
+from surgery.cli.options import DEVICE, OUT, RECIPE, SET, STREAM, run_options
 from surgery.errors import Refused
 
 
@@ -20,6 +20,7 @@ from surgery.errors import Refused
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who computes; default this process.")
 @click.option("--address", metavar="HOST:PORT", help="Head of the Ray cluster; `local`: one of this machine alone.")
 @click.option("--staging", metavar="DIR", type=click.Path(), help="For outputs in object stores: where shards are made.")
+@DEVICE
 @run_options
 def command(
     recipe: str,
@@ -29,6 +30,7 @@ def command(
     verify: bool,
     engine: str,
     address: str | None,
+    device: str,
     **options: Any,
 ) -> None:
     """Carry out RECIPE: stream the result to OUT in bounded memory.
@@ -40,6 +42,7 @@ def command(
       surgery run merge.yaml -o merged/
       surgery run merge.yaml -o merged/ --memory 1GB --profile
       surgery run merge.yaml -o merged/ --stream
+      surgery run merge.yaml -o merged/ --device cuda
       surgery run merge.yaml -o s3://bucket/merged
       surgery run /shared/merge.yaml -o /shared/merged --engine ray
     """
@@ -52,9 +55,13 @@ def command(
     if verify:
         _verify(plan, options["threads"], options["quiet"])
     if engine == "ray":
+        if device != "cpu":
+            raise Refused("--device is of the threads of this process; with --engine ray there are none", hint="leave one out")
         options["hire"] = _cluster(recipe, overrides, stream, address)
     elif address is not None:
         raise Refused("--address names a cluster", hint="add --engine ray")
+    elif device != "cpu":
+        options["hire"] = _device(device, options["quiet"])
     carry_out(plan, out, **options)
 
 
@@ -65,6 +72,12 @@ def _cluster(recipe: str, overrides: tuple[str, ...], stream: bool, address: str
 
     values = dict(parse_override(text) for text in overrides)
     return hire(recipe, values, streams=stream or is_streaming(), address=address)
+
+
+def _device(name: str, quiet: bool) -> Any:
+    from surgery.device.crew import hire
+
+    return hire(name, *[lambda text: None if quiet else click.echo(text, err=True)] * 2)
 
 
 def _verify(plan: Any, threads: int | None, quiet: bool) -> None:

@@ -13,6 +13,13 @@ from surgery.errors import Refused
 
 STORE = 200 * 10**6  # bytes of shared memory for statistics, on a cluster of our own
 _PATIENCE = 5.0  # seconds for a head to answer
+_STARTS = 3  # of a cluster of our own: that its node registers within half a minute cannot be changed
+_SLOW = {  # a machine that computes already starts Ray's processes slowly; by default they give each other half a minute
+    "RAY_raylet_start_wait_time_s": "180",
+    "RAY_gcs_server_port_wait_time_s": "180",
+    "RAY_agent_register_timeout_ms": "180000",
+    "RAY_worker_register_timeout_seconds": "180",
+}
 MANY = 8  # threads of a task at most, unless told otherwise: beyond, a lost process takes much with it
 
 
@@ -33,18 +40,23 @@ def connect(address: str | None) -> tuple[Any, bool]:
     if importlib.util.find_spec("ray") is None:
         raise Refused("--engine ray needs the package ray", hint="pip install 'weight-surgery[ray]'")
     if address == "local":
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # half a minute is not enough where others compute
+        for name, value in _SLOW.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return ray, False
     _reachable(address)
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as problem:  # of many kinds, some of them plain `Exception`
-        said = str(problem).strip().splitlines()
-        raise _none(address, said[0] if said else repr(problem)) from None
+    for left in reversed(range(_STARTS if address == "local" else 1)):
+        try:
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, **options)
+            break
+        except Exception as problem:  # of many kinds, some of them plain `Exception`
+            ray.shutdown()  # what did start
+            said = str(problem).strip().splitlines()
+            if not left:
+                raise _none(address, said[0] if said else repr(problem)) from None
     return ray, True
 
 

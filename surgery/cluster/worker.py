@@ -25,7 +25,10 @@ from surgery.engine.run import peak_resident
 from surgery.errors import Failed, Refused, SurgeryError
 from surgery.version import __version__
 
-_SHARED = "the recipe, the models and OUT must lie where every machine of the cluster sees them under the same path"
+_SHARED = (
+    "the recipe, the models and OUT (of an object store: --staging) must lie where every machine of the cluster sees them "
+    "under the same path"
+)
 
 
 class Site:

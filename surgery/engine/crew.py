@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class Threads:
     def __init__(self, plan: Plan, terms: Terms) -> None:
         """Raises Refused if the plan needs more memory than it may have."""
         self._plan, self._terms = plan, terms
-        workers = admitted(plan.price, len(plan.programs), terms.memory, terms.threads)
+        workers = self._workers = admitted(self._price(), len(plan.programs), terms.memory, terms.threads)
         load_kernels(plan.price)
         self._wide = plan.settings.precision == "float64"
         self._reader = reader = Reader(plan.files)
@@ -95,10 +95,22 @@ class Threads:
         self._digests = {path: digests[id(u.source)] for u in plan.uses if id(u.source) in digests for path in u.source.files}
         self.executor = Executor(
             workers,
-            lambda: Evaluator(reader, profile=terms.meter, watched=frozenset(digests)),
+            lambda: self._evaluator(reader, profile=terms.meter, watched=frozenset(digests)),
             room=workers * plan.price.whole_tensor,
             progress=terms.progress,
         )
+
+    def _price(self) -> Price:
+        """What is taken into account of memory."""
+        return self._plan.price
+
+    def _evaluator(self, reader: Reader, **how: Any) -> Evaluator:
+        """A worker's."""
+        return Evaluator(reader, **how)
+
+    def _writing(self, program: Program, **how: Any) -> WritePhase:
+        """The phase that computes and writes a tensor."""
+        return WritePhase(program, **how)
 
     def left(self, programs: Iterable[Program], place: Place) -> list[Program]:
         kept, journal = [], place.journal
@@ -150,7 +162,7 @@ class Threads:
     ) -> Iterator[Job]:
         """Cheap checks first, then tensors in file order."""
         write = partial(
-            WritePhase,
+            self._writing,
             put=put,
             finished=finished,
             lenient=self._terms.lenient,

@@ -252,9 +252,13 @@ class Evaluator:
             tensors = [t.reshape(expr.shape) for t in tensors]
         elif op.locality == "rows":
             tensors = [t.reshape(-1, row) for t in tensors]
-        made = op.function(tensors, **expr.params, **expr.extra, **measured)
-        result: Array = made.detach().reshape(-1).cpu().numpy()
+        made = self.apply(expr, tensors, **measured)
+        result: Array = made.detach().reshape(-1).numpy()
         return result.astype(self._work, copy=False)
+
+    def apply(self, expr: Applied, tensors: Sequence[Any], **measured: Any) -> Any:
+        """An operator that is declared on torch tensors, of the whole tensor or of rows of it."""
+        return expr.op.function(tensors, **expr.params, **expr.extra, **measured)
 
     def at(self, expr: Applied, start: int | None = None) -> At:
         """Where the current piece (or the one that begins at `start`) lies, as operators and statistics are told."""

@@ -5,7 +5,7 @@ A program is a job of several phases: one for each pass of each statistic it nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -186,18 +186,9 @@ class WritePhase(Phase):
 
     def do(self, evaluator: Evaluator, task: int) -> int:
         program, size = self._program, 0
-        for i in self._runs[task]:
+        for i, out, sound in self.made(evaluator, self._runs[task]):
             start, stop = self._pieces[i]
-            evaluator.begin(start, stop, wide=program.wide, shared=program.shared)
-            try:
-                made = None if self._blocks is None else evaluator.in_blocks(self._blocks)
-                out = evaluator.output(program.expr, program.dtype) if made is None else made
-            except Disagreement as found:
-                raise disagreement(program.name, found) from None
-            if evaluator.seen:
-                self._inputs[i] = list(evaluator.seen)
             scratch = evaluator.scratch if out.size <= evaluator.scratch.size else np.empty(out.size, np.uint8)
-            sound = evaluator.sound
             if not self._lenient and not (convert.is_finite(out, program.dtype, scratch) if sound is None else sound):
                 raise culprit(program.expr, start, stop, evaluator) or _overflow(program)
             self._digests[i] = list(piece_digests(out, start, stop, program.shape, program.dtype.size))
@@ -208,6 +199,29 @@ class WritePhase(Phase):
                     self._put(program.name, start * program.dtype.size, out)
             size += (stop - start) * self._per_element
         return size
+
+    def made(self, evaluator: Evaluator, run: Sequence[int]) -> Iterator[tuple[int, Any, bool | None]]:
+        """Pieces of a run one after another: number, stored bytes, and whether all is finite (None: not known). The bytes are
+        valid until the next one."""
+        for i in run:
+            yield i, *self.computed(evaluator, i)
+
+    def computed(self, evaluator: Evaluator, i: int) -> tuple[Any, bool | None]:
+        """A piece: stored bytes, and whether all is finite."""
+        program = self._program
+        evaluator.begin(*self._pieces[i], wide=program.wide, shared=program.shared)
+        try:
+            made = None if self._blocks is None else evaluator.in_blocks(self._blocks)
+            out = evaluator.output(program.expr, program.dtype) if made is None else made
+        except Disagreement as found:
+            raise disagreement(program.name, found) from None
+        self.saw(evaluator, i)
+        return out, evaluator.sound
+
+    def saw(self, evaluator: Evaluator, i: int) -> None:
+        """Keep the digests of what was read for a piece."""
+        if evaluator.seen:
+            self._inputs[i] = list(evaluator.seen)
 
     def conclude(self) -> None:
         parts: dict[Any, list[bytes]] = {}

@@ -77,6 +77,8 @@ class Price:
     buffers: int  # work arrays that a worker needs per piece
     torch: bool
     streams: bool = False  # inputs are read over the network, ahead of the work
+    lanes: int = 0  # what a worker needs to hand pieces to a device, and
+    context: int = 0  # what the device's driver takes of this process's memory
 
 
 @dataclass

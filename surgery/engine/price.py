@@ -9,7 +9,7 @@ from surgery.checkpoint.source import RemoteState
 from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
 from surgery.engine.reader import stream_room
-from surgery.graph.expr import Applied, Literal, Mapped, Measure, Read, walk
+from surgery.graph.expr import Applied, Expr, Literal, Mapped, Measure, Read, walk
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
@@ -27,7 +27,7 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
         read += sum(e.stored.nbytes for e in exprs if isinstance(e, Read))
         buffers = max(buffers, len(exprs) + 1)
         if program.whole:
-            whole = max(whole, sum(e.numel * (8 if program.wide else 4) * 2 for e in exprs))
+            whole = max(whole, _held(exprs, program.wide))
         torch = torch or any(isinstance(e, Literal | Mapped) or (isinstance(e, Applied) and _wants_torch(e)) for e in exprs)
     early = [m for group in prepasses for m in group]
     passes = {f"{op} over the model": n for op, n in passes_of(early).items()}
@@ -42,14 +42,29 @@ def _states(programs: Sequence[Program]) -> Iterator[Any]:
     return (state for source in sources.values() for state in source.files.values())
 
 
+def _held(exprs: Sequence[Expr], wide: bool) -> int:
+    """Bytes that are held at most while a tensor is made as a whole: its values at every step, one of them as it is stored
+    and once more, and what a matrix operator needs beside them."""
+    size = 8 if wide else 4
+    values = sum(e.numel for e in exprs) + 2 * max(e.numel for e in exprs)
+    return values * size + max((held_beside(e, wide) for e in exprs), default=0)
+
+
+def held_beside(e: Expr, wide: bool) -> int:
+    """What a matrix operator holds beside its inputs."""
+    if not isinstance(e, Applied) or e.op.locality != "matrix":
+        return 0
+    return e.op.holds(len(e.args), e.shape, **e.params) * (2 if wide else 1)
+
+
 def _wants_torch(e: Applied) -> bool:
     return not e.op.linear and e.op.arrays is None
 
 
 def peak_memory(cost: Price, programs: int, threads: int) -> int:
     """Expected peak resident memory of a run, in bytes."""
-    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1)
-    fixed = INTERPRETER + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
+    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1) + cost.lanes
+    fixed = INTERPRETER + cost.context + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
     fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
     fixed += stream_room() if cost.streams else 0
     return fixed + threads * (worker + cost.whole_tensor)

@@ -135,6 +135,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "written": plan.price.written,
             "passes": [{"for": what, "read": n} for what, n in plan.price.passes],
             "peak_memory": peak_memory(plan.price, len(plan.programs), workers),
+            "peak_memory_of_one": peak_memory(plan.price, len(plan.programs), 1),  # below that --memory refuses
+            "torch": plan.price.torch,
             "threads": workers,
         },
         "inputs": [

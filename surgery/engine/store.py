@@ -62,8 +62,6 @@ def run_to_store(
     scheme = scheme_of(url)
     if scheme not in STORES:
         raise Refused(f"{url}: {scheme}:// cannot be written to", hint="known: a path, s3://, gs://, az://")
-    if hire is not Threads:
-        raise Refused(f"{url}: a cluster writes to storage that its machines share, not into object stores", hint="run locally")
     meter = Profile() if profile else None
     try:
         folder = Folder(url)
@@ -78,7 +76,7 @@ def run_to_store(
         hint = "--resume goes on with it where it was begun" if unfinished else other
         raise Refused(f"{url}: already holds {begun}", hint=hint)
     target = Output(home / "out", [place_of(u.source) for u in plan.uses], resume=resume, overwrite=overwrite)
-    crew = Threads(plan, Terms(memory, threads, allow_nonfinite, meter, progress or (lambda n: None)))
+    crew = hire(plan, Terms(memory, threads, allow_nonfinite, meter, progress or (lambda n: None)))
     try:
         going_on = target.claim(plan.token, resume=resume)
         resumed = _Uploading(plan, folder, target, crew, there).carry_out(going_on)
@@ -86,7 +84,8 @@ def run_to_store(
         crew.close()
         target.release()
     seconds = time.perf_counter() - began
-    return Report(url, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak_resident(), meter)
+    peak = crew.peak or peak_resident()
+    return Report(url, len(plan.programs), resumed, plan.price.read, plan.layout.size, seconds, peak, meter)
 
 
 def _home(url: str, staging: str | os.PathLike[str] | None) -> Path:

@@ -16,6 +16,7 @@ from surgery.lab.bootstrap import Draws, Estimate, Settings, combined
 from surgery.lab.evaluation import Evaluator, name_of
 from surgery.lab.path import node_of
 from surgery.lab.resident import Resident
+from surgery.lab.sharpness import shaken
 from surgery.ops import registry
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
@@ -74,9 +75,9 @@ def profile(
 
     A straggler is a layer whose own path is not straight: its hump is above `limit` with the confidence of the settings.
     alphas: points of every path beside 1, 0 among them. only: globs of layers. radius: also measure sharpness, the most that
-    the measure gets worse when every tensor of a layer moves by `radius` times its norm, over this many random `directions`:
-    a lower bound of max L(theta + eps) - L(theta) over the ball, for which no gradients are needed. Nothing is written; every
-    point recomputes one layer. Raises Refused.
+    the measure gets worse when every tensor of a layer moves by `radius` times its norm, over this many random `directions`
+    and, where the tasks have gradients, up the loss's: a lower bound of max L(theta + eps) - L(theta) over the ball. Nothing is
+    written; every point recomputes one layer. Raises Refused.
     """
     from surgery.graph.values import matches
 
@@ -101,9 +102,9 @@ def profile(
     points = sorted(alphas)
     moved: dict[str, list[dict[str, Draws]]] = {}
     if radius is not None:
-        if radius <= 0 or directions < 1:
-            raise Refused(f"sharpness needs a radius above 0 and a direction or more, got {radius:g} and {directions}")
-        moved = _shaken(evaluator, ends[1], kept, radius, directions, wanted, split)
+        if radius <= 0 or directions < 0:
+            raise Refused(f"sharpness needs a radius above 0 and no less than 0 directions, got {radius:g} and {directions}")
+        moved = shaken(evaluator, ends[1], kept, radius, directions, wanted, split)
     found = {layer: {a: draws(a, names) for a in points} for layer, names in kept.items()}
     made = {}
     for task, kind in measures.items():
@@ -129,36 +130,6 @@ def _layers(ends: Sequence[Any]) -> Mapping[str, list[str]]:
     """Layer -> names of its tensors that differ in kind from none: both models have them."""
     shapes = {n: e.shape for n, e in ends[0].tensors.items()}
     return layers(shapes)
-
-
-def _shaken(
-    evaluator: Evaluator, tuned: Any, kept: Mapping[str, list[str]], radius: float, directions: int, wanted: Any, split: str
-) -> dict[str, list[dict[str, Draws]]]:
-    """Per layer and direction the measures of the fine-tune with that layer moved, in its live module."""
-    import torch
-
-    subject = evaluator.subject(make_plan(tuned), "profile")
-    places = evaluator.resident.places
-    made: dict[str, list[dict[str, Draws]]] = {}
-    for layer, names in kept.items():
-        lost = next((n for n in names if n not in places), None)
-        if lost is not None:
-            raise Refused(
-                f"`{lost}` has no parameter of its own in the live model: its layer cannot be moved",
-                hint="leave out the radius",
-            )
-        held = {n: places[n].detach().clone() for n in names if places[n].is_floating_point()}
-        for d in range(directions):
-            drawn = torch.Generator().manual_seed(d)
-            for n, value in held.items():
-                noise = torch.randn(value.shape, generator=drawn).to(value.device)
-                step = radius * float(value.float().norm()) / max(float(noise.norm()), 1e-30)
-                places[n].data.copy_(value.float() + step * noise)
-            report = evaluator.report(subject, split=split, only=wanted, name="profile")
-            made.setdefault(layer, []).append({task: r.draws[next(iter(r.draws))] for task, r in report.results.items()})
-        for n, value in held.items():
-            places[n].data.copy_(value)
-    return made
 
 
 def _layer(

@@ -14,10 +14,11 @@ from transformers import set_seed
 from surgery.errors import Refused
 from surgery.tuning import methods
 from surgery.tuning.averages import KINDS
+from surgery.tuning.forward import FastForward
 from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
-from surgery.tuning.regularise import Mixout, Pull
+from surgery.tuning.regularise import LowRank, Mixout, Pull
 from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.tasks import quiet
@@ -125,24 +126,36 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
     parts, extra = tuner.parts, settings.regularise
     old = {n: p for n, p in tuner.trained.items() if n not in parts.new}
     if extra.get("l2_sp"):
-        tuner.pull = Pull(old, extra["l2_sp"])
+        tuner.pulls.append(Pull(old, extra["l2_sp"]))
     if extra.get("mixout"):
         tuner.mixout = Mixout(parts.model, old, extra["mixout"])
         if not len(tuner.mixout):
             raise Refused("regularise.mixout: no linear or convolution layer that came with the base is trained")
     if settings.average is not None:
         tuner.average = KINDS[settings.average](tuner.trained, **settings.average_options)
-    if settings.method in ("lt_sft", "lift", "sara", "spt", "diff_pruning"):
+    if settings.method in ("lt_sft", "lift", "random", "sara", "spt", "diff_pruning"):
         tuner.masks = Masks(parts.parameters)
         if settings.method == "lift":
             tuner.renew = methods.Principal(parts, tuner.masks, settings.options)
+        elif settings.method == "random":
+            seed = settings.options.get("seed")
+            masks = methods.drawn(parts, settings.options["density"], settings.seed if seed is None else seed)
         elif settings.method == "sara":
             masks = methods.small(parts, settings.options["threshold"])
+            if settings.options.get("narrow"):
+                tuner.renew = methods.Narrowed(parts, tuner.masks, settings.options, lambda: tuner.state.max_steps)
+            if settings.options["nuclear"]:
+                matrices = {n: parts.parameters[n] for n in sorted(parts.matrices)}
+                tuner.pulls.append(LowRank(matrices, settings.options["nuclear"], settings.seed))
         elif settings.method == "spt" and not resumed:
             batches, density = settings.options["batches"], settings.options["density"]
             masks = methods.sensitive(parts, lambda: _gradients(tuner, batches), density)
         for name, mask in (masks or {}).items():
             tuner.masks.set(name, mask)
+    if settings.fast_forward is not None:
+        if given.validation is None:
+            raise Refused("fast_forward: looks at validation examples, and there are none", hint="task.validation: FILE")
+        tuner.forward_again = FastForward(tuner, **settings.fast_forward)
 
 
 def _gradients(tuner: Tuner, batches: int) -> Iterator[None]:
@@ -171,7 +184,8 @@ def _far(
     start = {n: p.detach().clone() for n, p in parts.parameters.items()}
     buffers = {n: b.detach().clone() for n, b in parts.model.named_buffers()}
     epochs = settings.options.get("epochs") or settings.epochs
-    first = replace(settings, method="full", options=None, average=None, average_options={}, epochs=epochs)
+    first = replace(settings, method="full", options=None, average=None, average_options={}, fast_forward=None,
+                    epochs=epochs)  # fmt: skip
     tuner = _tuner(given, parts, first, folder / "choosing", save=save, progress=progress)
     at = last_whole(folder / "choosing") if resume else None
     _equip(tuner, given, first, None, resumed=at is not None)
@@ -202,7 +216,8 @@ def _gated(
         saved = torch.load(chosen, weights_only=True)
     else:
         epochs = options.get("epochs") or settings.epochs
-        first = replace(settings, method="full", options=None, average=None, average_options={}, epochs=epochs)
+        first = replace(settings, method="full", options=None, average=None, average_options={}, fast_forward=None,
+                        epochs=epochs)  # fmt: skip
         tuner = _tuner(given, parts, first, folder / "gating", save=save, progress=progress)
         at = last_whole(folder / "gating") if resume else None
         _equip(tuner, given, first, None, resumed=at is not None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from surgery.errors import Refused, did_you_mean
+from surgery.ops.random import bits32
 from surgery.tuning.half import chosen_half
 from surgery.tuning.masks import Masks, entries_of, largest, principal
 from surgery.tuning.parts import Parts
@@ -40,7 +41,7 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
         return names if settings.options["norms"] else {n for n in names if n in parts.head or not is_norm(n, parts)}
     if settings.method == "diff_pruning":
         return names
-    if settings.method in ("lift", "sara", "spt"):
+    if settings.method in ("lift", "random", "sara", "spt"):
         if not parts.matrices:
             raise Refused(f"method: {settings.method}: the model has no matrices outside head and embeddings")
         return set(parts.matrices | parts.new)
@@ -76,6 +77,33 @@ def small(parts: Parts, threshold: float) -> dict[str, Any]:
     if not any(bool(m.any()) for m in masks.values()):
         raise Refused(f"method.sara.threshold: no entry is smaller than {threshold}")
     return masks
+
+
+def drawn(parts: Parts, density: float, seed: int) -> dict[str, Any]:
+    """In every matrix as many entries as `lift` trains at this density, drawn by seed and name alone: what a choice of
+    entries must beat (Xu and Zhang 2024, Random masking finds winning tickets, arXiv 2405.02596)."""
+    made = {}
+    for name in sorted(parts.matrices):
+        p = parts.parameters[name]
+        numbers = torch.from_numpy(bits32(seed, name, 0, p.numel()).astype("float64")).reshape(p.shape)
+        made[name] = largest({name: numbers}, entries_of(p.shape, density=density, budget=None))[name].to(p.device)
+    return made
+
+
+class Narrowed:
+    """SaRA's progressive part: once a share of the run is done, entries that have outgrown the threshold are frozen where they
+    are; those still below it are trained on."""
+
+    def __init__(self, parts: Parts, masks: Masks, options: Mapping[str, Any], total: Callable[[], int]) -> None:
+        self._parts, self._masks, self._options, self._total = parts, masks, options, total
+
+    def on_step_begin(self, step: int, optimizer: Any) -> None:
+        """step: updates done so far."""
+        if step == 0 or step != round(self._options["narrow"] * self._total()):
+            return
+        for name in sorted(self._parts.matrices):
+            mask = self._masks.get(name)
+            self._masks.set(name, mask & (self._parts.parameters[name].detach().abs() < self._options["threshold"]))
 
 
 def sensitive(parts: Parts, gradients: Callable[[], Iterable[None]], density: float) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from surgery.ops.random import bits32
+
 
 class Pull:
     """L2-SP: `strength * ||theta - theta_0||^2` over parameters that came with the base (Li et al. 2018, arXiv 1802.01483).
@@ -20,7 +22,7 @@ class Pull:
         self._pairs = [(p, p.detach().clone()) for p in parameters.values()]
 
     @torch.no_grad()
-    def on_gradients(self) -> None:
+    def on_gradients(self, step: int) -> None:
         for p, start in self._pairs:
             pull = (p - start).mul_(2.0 * self._strength)
             if p.grad is None:
@@ -32,6 +34,33 @@ class Pull:
     def value(self) -> float:
         """The penalty as it is now."""
         return self._strength * sum(float((p.double() - start.double()).square().sum()) for p, start in self._pairs)
+
+
+class LowRank:
+    """`strength * ||theta - theta_0||_*` (nuclear norm) of one matrix in each step, drawn by seed and step (SaRA, Hu et
+    al. 2024, arXiv 2409.06633: the learned sparse matrix is kept of low rank).
+
+    The gradient is U V^T over the singular values that are not zero up to rounding; masks are applied after it.
+    """
+
+    def __init__(self, matrices: Mapping[str, Any], strength: float, seed: int) -> None:
+        self._strength, self._seed = strength, seed
+        self._pairs = [(p, p.detach().clone()) for p in matrices.values()]
+
+    @torch.no_grad()
+    def on_gradients(self, step: int) -> None:
+        chosen = bits32(self._seed, f"nuclear {step}", 0, 1)[0] % len(self._pairs)
+        p, start = self._pairs[int(chosen)]
+        if p.grad is not None:
+            p.grad.add_(nuclear_gradient(p - start), alpha=self._strength)
+
+
+def nuclear_gradient(matrix: Any) -> Any:
+    """The subgradient of least norm of a matrix's nuclear norm: U V^T over its range. Last axis: columns."""
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    kept = s > s.max() * max(flat.shape) * torch.finfo(flat.dtype).eps
+    return (u[:, kept] @ vh[kept]).reshape(matrix.shape)
 
 
 class Mixout:

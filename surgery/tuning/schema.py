@@ -57,7 +57,14 @@ METHODS: dict[str, Schema] = {
             "epochs": _number("Of the first run, with gates; default: `epochs`.", above=0),
         }
     ),
-    "sara": _map({"threshold": _number("Entries smaller than this are trained.", default=1e-3, above=0)}),
+    "random": _map({"density": _DENSITY, "seed": {"type": "integer", "description": "Of the draw; default: `seed`."}}),
+    "sara": _map(
+        {
+            "threshold": _number("Entries smaller than this are trained.", default=1e-3, above=0),
+            "narrow": _number("Share of the run after which entries above the threshold are frozen.", above=0, below=1),
+            "nuclear": _number("On the nuclear norm of what training changes, of one matrix in each step.", default=0.0, low=0),
+        }
+    ),
     "spt": _map({"density": _DENSITY, "batches": _count("Batches that squared gradients are summed over.", default=16)}),
 }
 
@@ -92,6 +99,14 @@ REGULARISE: Schema = _map(
         "label_smoothing": _number("Share of the label that is spread over all classes.", low=0, below=1),
         "clip": _number("Norm that the gradient of all tensors together is clipped to; 0: never.", default=1.0, low=0),
         "clip_each": _number("Norm that the gradient of each tensor is clipped to, instead.", above=0),
+    }
+)
+
+FAST_FORWARD: Schema = _map(
+    {
+        "every": _count("Updates between two attempts.", default=6),
+        "examples": _count("Validation examples whose loss must fall.", default=32),
+        "most": _count("Repetitions of an update at most.", default=100),
     }
 )
 

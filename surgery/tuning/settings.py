@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgery.errors import Refused, did_you_mean
-from surgery.tuning.schema import AVERAGES, METHODS, OUTPUTS, REGULARISE, SETTINGS, TASKS, Schema
+from surgery.tuning.schema import AVERAGES, FAST_FORWARD, METHODS, OUTPUTS, REGULARISE, SETTINGS, TASKS, Schema
 
 Place = Callable[..., str]
 
@@ -21,6 +21,7 @@ class Settings:
     average: str | None
     average_options: dict[str, Any]
     regularise: dict[str, Any]
+    fast_forward: dict[str, Any] | None
     layer_decay: float | None
     epochs: float
     steps: int | None
@@ -54,7 +55,7 @@ def read_job(data: Any, place: Place) -> Job:
     """Check a tune file's data. place: path of keys -> `file:line:col`. Raises Refused."""
     if not isinstance(data, Mapping):
         raise Refused(f"{place()}: not a tune file (expected model, task and method)")
-    known = ["model", "task", "output", "method", "average", "regularise", *SETTINGS]
+    known = ["model", "task", "output", "method", "average", "regularise", "fast_forward", *SETTINGS]
     _unknown(data, known, place, (), "the tune file")
     for key in ("model", "task"):
         if key not in data:
@@ -79,7 +80,7 @@ def read_job(data: Any, place: Place) -> Job:
 
 def read_settings(data: Mapping[str, Any], place: Place) -> Settings:
     """The part of a tune file that says how to train. Raises Refused."""
-    _unknown(data, ["method", "average", "regularise", *SETTINGS], place, (), "the settings")
+    _unknown(data, ["method", "average", "regularise", "fast_forward", *SETTINGS], place, (), "the settings")
     values: dict[str, Any] = {}
     for key, schema in SETTINGS.items():
         given = data.get(key)
@@ -91,7 +92,10 @@ def read_settings(data: Mapping[str, Any], place: Place) -> Settings:
     if data.get("average") is not None:
         average, average_options = _choice("average", data["average"], AVERAGES, place)
     regularise = _complete(REGULARISE, data.get("regularise") or {}, place, ("regularise",))
-    made = Settings(method=method, options=options, average=average, average_options=average_options,
+    forward = data.get("fast_forward")
+    if forward is not None:
+        forward = _complete(FAST_FORWARD, forward, place, ("fast_forward",))
+    made = Settings(fast_forward=forward, method=method, options=options, average=average, average_options=average_options,
                     regularise=regularise, **values)  # fmt: skip
     _together(made, data, place)
     return made
@@ -115,6 +119,8 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
             raise Refused(f"{place('epochs')}: stock needs whole epochs, got {s.epochs}")
     if s.method == "diff_pruning" and s.regularise.get("mixout"):
         raise Refused(f"{place('regularise', 'mixout')}: mixout and the gates of diff_pruning would both rewrite the weights")
+    if s.fast_forward is not None and s.average == "stock":
+        raise Refused(f"{place('fast_forward')}: stock's runs must take the same steps")
     if s.average == "elastic" and s.method == "lift":
         raise Refused(f"{place('average')}: elastic goes back to where masked entries were; lift moves its mask")
     if s.method == "lift" and "budget" in s.options and "density" in (_options(data.get("method")) or {}):

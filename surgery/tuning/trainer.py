@@ -14,10 +14,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from surgery.errors import Refused, did_you_mean
 from surgery.tuning.averages import Average, Stock
+from surgery.tuning.forward import FastForward
 from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
 from surgery.tuning.parts import Parts
-from surgery.tuning.regularise import Mixout, Pull, clip_each
+from surgery.tuning.regularise import LowRank, Mixout, Pull, clip_each
 from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 
@@ -50,7 +51,8 @@ class Tuner(Trainer):
         self.remove_callback(PrinterCallback)
         self.masks: Masks | None = None
         self.average: Average | None = None
-        self.pull: Pull | None = None
+        self.pulls: list[Pull | LowRank] = []
+        self.forward_again: FastForward | None = None
         self.mixout: Mixout | None = None
         self.gates: Gates | None = None
         self.renew: Any = None
@@ -82,8 +84,8 @@ class Tuner(Trainer):
             raise Diverged(step, f"the loss is {value}")
         self.losses.append(value)
         if self.accelerator.sync_gradients:
-            if self.pull is not None:
-                self.pull.on_gradients()
+            for pull in self.pulls:
+                pull.on_gradients(self.state.global_step)
             if self.masks is not None:
                 self.masks.on_gradients()
             if self.gates is not None:
@@ -159,6 +161,7 @@ class Tuner(Trainer):
                 "masks": self.masks.state() if self.masks is not None else {},
                 "average": self.average.state() if self.average is not None else {},
                 "gates": self.gates.state() if self.gates is not None else {},
+                "repeated": self.forward_again.taken if self.forward_again is not None else 0,
                 "losses": self.losses,
                 "history": self.history,
             },
@@ -175,6 +178,8 @@ class Tuner(Trainer):
             self.average.load(saved["average"])
         if self.gates is not None:
             self.gates.load(saved["gates"])
+        if self.forward_again is not None:
+            self.forward_again.taken = saved["repeated"]
         self.losses, self.history = saved["losses"], saved["history"]
 
     @torch.no_grad()
@@ -200,6 +205,8 @@ class _Hooks(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._tuner.renew is not None:
             self._tuner.renew.on_step_begin(state.global_step, self._tuner.own_optimizer)
+        if self._tuner.forward_again is not None:
+            self._tuner.forward_again.on_step_begin(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._tuner.masks is not None:
@@ -211,6 +218,8 @@ class _Hooks(TrainerCallback):
         t = self._tuner
         if t.progress is not None:
             t.progress(state.global_step, state.max_steps, t.losses[-1])
+        if t.forward_again is not None:
+            t.forward_again.on_step_end(state.global_step)
         if t.average is not None:
             t.average.on_step(state.global_step, state.max_steps, t.own_optimizer)
         # a state at the end of an epoch is saved after all that happens there, or resuming would leave it out
@@ -224,6 +233,8 @@ class _Hooks(TrainerCallback):
         if losses:
             t.history.append({"epoch": round(float(state.epoch), 6), "step": state.global_step,
                               "loss": math.fsum(losses) / len(losses), "batches": len(t.losses)})  # fmt: skip
+            if t.forward_again is not None:
+                t.history[-1]["repeated"] = t.forward_again.taken
         if t.average is not None:
             t.average.on_epoch(state.global_step, state.max_steps, t.own_optimizer)
         control.should_save = self._save and state.global_step % (t.settings.save_every or 1) == 0

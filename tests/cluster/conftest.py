@@ -1,4 +1,4 @@
-"""One Ray cluster of this machine for all tests that need one: four slots, so four processes that share only the disk."""
+"""One Ray cluster of this machine for all tests that need one: eight slots, so up to eight processes that share only the disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from surgery.cluster.connect import _SLOW
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+for _name, _value in _SLOW.items():
+    os.environ.setdefault(_name, _value)
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,7 @@ def cluster() -> Iterator[Any]:
     for attempt in range(4):  # its agents have half a minute to start, which a busy machine may not give them
         try:
             ray.init(
-                address="local", num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False,
+                address="local", num_cpus=8, object_store_memory=80 * 2**20, include_dashboard=False,
                 log_to_driver=False, logging_level="error",
             )  # fmt: skip
             break

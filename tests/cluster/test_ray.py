@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,48 @@ def test_bytes_are_those_of_a_local_run(models: Path, on_cluster: Callable[..., 
         report = on_cluster(path, models / f"out{threads}", threads=threads)
         assert all_bytes(models / f"out{threads}") == whole(path)
         assert report.tensors == 6 and report.peak > 50e6
+
+
+EVERYTHING = DELTAS + (
+    "t: {op: ties, of: [da, db], density: 0.3, trim: global}\nd: {op: dare, of: da, density: 0.4, seed: 7}\n"
+    "s: {op: slerp, of: [a, b], t: 0.3}\nm: {op: add, of: [base, t, d], weight: 0.5}\nout: {op: average, of: [m, s]}"
+)
+
+
+@pytest.mark.parametrize("shards", ["30kB", "100kB", "5GB"])
+def test_bytes_do_not_depend_on_how_a_cluster_spreads_the_work(
+    tmp_path: Path, on_cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    """Global and local statistics and masks, in small pieces: threads of a task x runs of pieces that a thread takes at a time
+    x shard sizes; the files of one thread of this process."""
+    from surgery.cluster import batches, crew
+    from surgery.engine import pieces
+
+    monkeypatch.setattr(batches, "SMALLEST", 1)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    trio(tmp_path, hidden=64, vocab=307, depth=2)
+    path = recipe(tmp_path, EVERYTHING, output=f"{{from: out, shard_size: {shards}}}")
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "SEGMENT", 1)
+        run(path, tmp_path / "whole", threads=1)
+    for threads, segment in product((1, 2, 8), (1, 3, 16)):
+
+        def perform(name: str, order: Any, *args: Any, segment: int = segment) -> Any:
+            from surgery.cluster.worker import perform
+            from surgery.engine import pieces
+
+            kept = pieces.PIECE, pieces.SEGMENT  # processes outlive a test
+            pieces.PIECE, pieces.SEGMENT = 1 << 10, segment
+            try:
+                return perform(name, order, *args)
+            finally:
+                pieces.PIECE, pieces.SEGMENT = kept
+
+        monkeypatch.setattr(crew, "perform", perform)
+        monkeypatch.setattr(pieces, "SEGMENT", segment)
+        out = tmp_path / f"{threads}-{segment}"
+        on_cluster(path, out, threads=threads)
+        assert all_bytes(out) == all_bytes(tmp_path / "whole"), (threads, segment)
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_tensor(
@@ -171,6 +214,50 @@ def test_disks_of_workers_that_fail(
     assert all_bytes(path.parent / "out") == whole(path)
 
 
+def test_an_output_in_an_object_store(
+    path: Path, on_cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers fill shards in the staging folder, which they share; the driver uploads them. An upload that breaks off is gone
+    on with there or here; a staging folder that they do not see is refused."""
+    import fsspec
+
+    memory, url = fsspec.filesystem("memory"), "memory://bucket/of-a-cluster"
+    memory.store.clear()
+    monkeypatch.setenv("SURGERY_STAGING", str(path.parent / "staging"))
+    for how in (on_cluster, run):
+        with monkeypatch.context() as patch:
+            uploads, real = iter(range(100)), memory.put_file
+
+            def put(*args: Any, real: Any = real, uploads: Any = uploads, **more: Any) -> Any:
+                if next(uploads) >= 1:
+                    raise ConnectionError("connection reset")
+                return real(*args, **more)
+
+            patch.setattr(memory, "put_file", put, raising=False)
+            with pytest.raises(Failed, match="connection reset"):
+                on_cluster(path, url)
+        report = how(path, url, resume=True)
+        assert {n.rpartition("/")[2]: memory.cat_file(n) for n in memory.find("/bucket/of-a-cluster")} == whole(path)
+        assert report.resumed > 0 and report.peak > 50e6
+        memory.store.clear()
+        assert not [p for p in (path.parent / "staging").rglob("*") if p.is_file()]
+
+
+def test_the_python_entry(path: Path, cluster: Any) -> None:
+    changed = {"steps.t.density": 0.4}
+    report = surgery.run(path, path.parent / "out", changed, engine="ray", threads=1)
+    surgery.run(path, path.parent / "here", changed, threads=1)
+    assert all_bytes(path.parent / "out") == all_bytes(path.parent / "here") != whole(path) and report.tensors == 6
+    for wrong, said in (
+        ({"engine": "dask"}, "`dask` is none"),
+        ({"address": "x:1"}, 'add engine="ray"'),
+        ({"engine": "ray", "device": "cuda"}, "device is of the threads"),
+    ):
+        with pytest.raises(Refused) as refused:
+            surgery.run(path, path.parent / "other", **wrong)
+        assert said in str(refused.value)
+
+
 def test_a_source_that_changes_between_tasks_is_noticed(path: Path, on_cluster: Callable[..., Any]) -> None:
     victim = path.parent / "b" / "model-00001-of-00002.safetensors"
     said = r"model-00001-of-00002.safetensors(: changed since it was opened| is not the same)"
@@ -185,7 +272,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     out = path.parent / "out"
     for options, said in (
         ({"profile": True}, "--profile times the threads of this process"),
-        ({"threads": 9}, "the largest machine of the cluster has 4 processors"),
+        ({"threads": 9}, "the largest machine of the cluster has 8 processors"),
         ({"threads": 0}, "--threads must be at least 1"),
         ({"memory": "60MB"}, r"--memory 60MB: this plan needs .* of one process"),
     ):
@@ -224,3 +311,26 @@ def test_without_ray_or_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(Refused, match=said):
             connect.threads_of([connect.Machine(2, 10**9)], asked)
     assert connect.threads_of([connect.Machine(64, 1), connect.Machine(16, 1)], None) == connect.MANY
+
+
+def test_a_cluster_of_our_own_is_started_again_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives up after half a minute on a machine that is busy, and leaves processes behind."""
+    ray = pytest.importorskip("ray")
+    from surgery.cluster import connect
+
+    did: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        did.append(address)
+        if did.count(address) < 3:
+            raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: did.append("shutdown"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert connect.connect("local") == (ray, True)
+    assert did == ["local", "shutdown", "local", "shutdown", "local"]
+    with pytest.raises(Refused, match=r"no cluster at RAY_ADDRESS, nor on this machine: The current node timed out during startup\.\n"):
+        connect.connect(None)
+    assert did[5:] == ["auto", "shutdown"]

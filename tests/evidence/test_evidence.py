@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (pip install '.[demo]')")
 
@@ -20,7 +22,10 @@ from evidence import nf4, task_arithmetic, wise  # noqa: E402
 from evidence.claims import Claim, Figures, Named, Verdict, here, verdict  # noqa: E402
 from evidence.page import page  # noqa: E402
 from evidence.run import load, names  # noqa: E402
+from rig.characters import Characters, sources  # noqa: E402
 from rig.digits import DOMAINS, Digits  # noqa: E402
+
+import surgery  # noqa: E402
 
 CLAIM = Claim("More is better.", "1 → 2", "{a} to {b:1}, {c:e}", "b > a", lambda f: f.b > f.a)
 
@@ -67,6 +72,13 @@ def test_the_page_says_what_the_scripts_claim() -> None:
     assert failing == {line.split(" | ")[1] for line in summary.splitlines() if line.startswith("| ") and "claim" not in line[:9]}
 
 
+def test_a_page_of_unequal_seeds_says_how_many_each_has() -> None:
+    shown: Any = SimpleNamespace(TITLE="T", SOURCE="S.", RIG="digits", CLAIMS=[CLAIM])
+    told = page({"x": shown, "y": shown}, {"x": seeds((1, 2)), "y": seeds((1, 2), (1, 2), (2, 3))})
+    assert "over 1 to 3 seeds, as each section says" in told
+    assert "x.py`. Seeds: 1." in told and "y.py`. Seeds: 3." in told
+
+
 def test_every_script_is_whole() -> None:
     for name in names():
         found = load(name)
@@ -84,6 +96,22 @@ def test_claims_hold_on_one_seed(rig: Digits, module: Any) -> None:
     found = module.measure(rig if module.RIG else 1)
     for claim in module.CLAIMS:
         assert claim.holds(Named(found)), (claim.says, here(claim, [found]))
+
+
+def test_characters_are_read_and_measured_by_the_tools_own_tasks(tmp_path: Path) -> None:
+    """A short run: the splits share no text, the loss falls on what is trained, and bits per character are what torch gives."""
+    rig = Characters(tmp_path, 1)
+    counts = [len(rig.texts("xml", s)) for s in ("train", "validation", "test")]
+    assert counts[1:] == [60, 100] and sum(counts) == len(sources("xml"))  # every text is in one split
+    base = rig.pretrained("short", steps=12, sizes={"num_hidden_layers": 1})
+    tuned = rig.tuned("xml-short", "xml", start=base, steps=12)
+    assert rig.bits(tuned, "xml") < rig.bits(base, "xml") - 0.1
+    ids = torch.tensor([r["input_ids"] for r in rig.rows("xml", "test")])
+    with torch.no_grad():
+        loss = rig.alive(tuned)(input_ids=ids, labels=ids).loss
+    assert rig.bits(tuned, "xml") == pytest.approx(float(loss) / math.log(2), rel=1e-4)
+    half = surgery.ops.lerp(base, tuned, alpha=0.5)
+    assert rig.bits(half, "xml") < rig.bits(base, "xml")
 
 
 def test_rig_keeps_what_it_made_apart_by_how_it_was_made(rig: Digits) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lab_rig import DEPTH, Net, jsonl, language_model
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 import surgery
 import surgery.lab as lab
@@ -189,7 +190,7 @@ def test_an_injected_straggler_is_found_and_thinned(rig: Path, tmp_path: Path, r
     assert start.keys() == state.keys()
 
 
-def test_sharpness_is_the_worst_of_random_moves(rig: Path, resident: lab.Resident) -> None:
+def test_sharpness_is_the_worst_of_the_gradients_and_random_moves(rig: Path, resident: lab.Resident) -> None:
     task = task_of(rig, "rot90")
     base, tuned = rig / "base", rig / "rot90"
     found = profile(
@@ -206,8 +207,20 @@ def test_sharpness_is_the_worst_of_random_moves(rig: Path, resident: lab.Residen
         model = Net()
         model.load_state_dict(moved)
         rises.append(lab.evaluate(model, task, settings=FAST)["rot90"]["nll"].value - start)
+    net = Net()
+    net.load_state_dict(state)
+    images, labels = (np.load(rig / "data/rot90-test.npz")[k] for k in ("images", "labels"))
+    F.cross_entropy(net(torch.from_numpy(images)), torch.from_numpy(labels)).backward()
+    moved = dict(state)
+    for name in [n for n in resident.places if n.startswith("blocks.1.")]:
+        slope = net.get_parameter(name).grad
+        moved[name] = state[name] + 0.5 * state[name].norm() * slope / slope.norm()
+    model = Net()
+    model.load_state_dict(moved)
+    rises.append(lab.evaluate(model, task, settings=FAST)["rot90"]["nll"].value - start)
     (layer,) = found["rot90"].layers
-    assert layer.sharpness is not None and layer.sharpness.value == pytest.approx(max(rises), rel=1e-3) and max(rises) > 0
+    assert layer.sharpness is not None and layer.sharpness.value == pytest.approx(max(rises), rel=1e-3)
+    assert rises[-1] > 2 * max(rises[:-1]) > 0  # the gradient says more than chance
     assert start == pytest.approx(lab.evaluate(loaded(tuned), task, settings=FAST)["rot90"]["nll"].value, rel=1e-6)
     with pytest.raises(Refused, match="radius above 0"):
         profile(base, tuned, task, radius=0.0, resident=resident)

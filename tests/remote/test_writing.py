@@ -174,13 +174,6 @@ def test_what_is_refused_leaves_nothing(path: Path, memory: Any, monkeypatch: py
     assert content(memory) == {} and not staged(path)
 
 
-def test_engines_and_stores_that_do_not_go_together(path: Path) -> None:
-    from surgery.cluster.crew import hire
-
-    with pytest.raises(Refused, match="not into object stores"):
-        run(path, URL, hire=hire(str(path), {}))
-
-
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """moto's server, with a bucket of its own: what moto holds is the process's."""
