@@ -143,7 +143,7 @@ class Threads:
             measure.statistic = None
 
         def job(m: Measure) -> Job:
-            light = sum(prod(part.shape) for part in m.parts) <= LIGHT
+            light = len(m.parts) == 1 and prod(m.parts[0].shape) <= LIGHT
             return Job(partial(measured, [m], self._wide, self._terms.lenient, None), light=light)
 
         self.executor.run(map(job, measures))
