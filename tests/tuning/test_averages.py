@@ -168,7 +168,7 @@ def test_l2_sp_gradient_is_that_of_its_penalty() -> None:
         p.add_(torch.randn(3, 4, dtype=torch.float64))
     loss = p.square().sum()
     loss.backward()
-    pull.on_gradients()
+    pull.on_gradients(0)
     own, other = (x.detach().clone().requires_grad_() for x in (p, q))
     (own.square().sum() + 0.3 * ((own - start[0]).square().sum() + (other - start[1]).square().sum())).backward()
     torch.testing.assert_close(p.grad, own.grad)
