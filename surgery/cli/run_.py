@@ -77,7 +77,11 @@ def _cluster(recipe: str, overrides: tuple[str, ...], stream: bool, address: str
 def _device(name: str, quiet: bool) -> Any:
     from surgery.device.crew import hire
 
-    return hire(name, *[lambda text: None if quiet else click.echo(text, err=True)] * 2)
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
+    return hire(name, say, tell=say)
 
 
 def _verify(plan: Any, threads: int | None, quiet: bool) -> None:

@@ -15,8 +15,6 @@ from helpers import all_bytes, recipe, run, trio
 import surgery
 from surgery.errors import Failed, Refused
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 DELTAS = "da: {op: diff, of: [a, base]}\ndb: {op: diff, of: [b, base]}\n"
 TIES = DELTAS + "t: {op: ties, of: [da, db], density: 0.3, trim: global}\nout: {op: add, of: [base, t], weight: 0.7}"
 RECIPES = {
@@ -221,6 +219,9 @@ def test_an_output_in_an_object_store(
     on with there or here; a staging folder that they do not see is refused."""
     import fsspec
 
+    from surgery.remote import retry
+
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(attempts=3, first=0.005, longest=0.1))
     memory, url = fsspec.filesystem("memory"), "memory://bucket/of-a-cluster"
     memory.store.clear()
     monkeypatch.setenv("SURGERY_STAGING", str(path.parent / "staging"))
