@@ -18,6 +18,7 @@ from surgery.remote.mode import is_streaming
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+JOURNAL = "journal.jsonl"  # lies in an output until it is complete
 _LONGEST = 255  # bytes of a file's name
 MAX_TEXT = 100_000_000  # bytes of a config, an index or a tokenizer: as for headers of weights
 SIDECARS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
@@ -135,6 +136,8 @@ def from_directory(path: Path, revision: str | None) -> Located:
             raise Refused(f"{path}: holds an adapter ({found[0].name}), not a model", hint="open it with a base: BASE+ADAPTER")
         if len(found) == 1:
             return Located(path, [str(found[0])], None, revision)
+        if found and (path / JOURNAL).is_file():
+            raise unfinished(path)
         if found:
             names = ", ".join(f.name for f in found[:4])
             raise Refused(
@@ -146,6 +149,14 @@ def from_directory(path: Path, revision: str | None) -> Located:
         raise _gguf(ggufs[0])
     other = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise Refused(f"{path}: no weights in it (found {other})", hint="expected *.safetensors or pytorch_model*.bin")
+
+
+def unfinished(path: Path) -> Refused:
+    """What is said of a folder that a run has not finished writing."""
+    return Refused(
+        f"{path}: an output that is not complete: the run that writes it is still going, or was killed",
+        hint="finish it: run the same recipe again with --resume",
+    )
 
 
 def _gguf(path: Path) -> Refused:

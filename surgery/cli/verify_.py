@@ -23,7 +23,8 @@ _SHOWN = 12
 def command(out: str, as_json: bool, threads: int | None) -> None:
     """Hash the checkpoint OUT again and compare it with what is known of it. Nothing is written.
 
-    Known are the digests in the surgery.json of every output of `surgery run`, and the SHA-256 of files in a hub cache.
+    Known are the digests in the surgery.json of every output of `surgery run`, and the hashes that a hub cache calls its files
+    by. OUT is a directory, a URL, or the hub id of a model that was downloaded.
 
     \b
     Exit codes: 0 whole, 2 damaged (or nothing to compare with).
@@ -33,6 +34,7 @@ def command(out: str, as_json: bool, threads: int | None) -> None:
       surgery verify merged/
       surgery verify merged/ --json
       surgery verify s3://bucket/merged
+      surgery verify org/name@revision
     """
     from pathlib import Path
 
@@ -54,9 +56,9 @@ def report(verdict: Verdict) -> Iterator[str]:
     """The lines for people."""
     from surgery.engine.render import amount
 
-    against = "surgery.json" if verdict.known == "manifest" else "the SHA-256 that the hub gave"
+    against = "surgery.json" if verdict.known == "manifest" else "the hashes that the hub gave"
     for file, problem in verdict.unreadable.items():
-        yield f"unreadable: {file}: {problem}"
+        yield f"unreadable: {problem if file in problem else f'{file}: {problem}'}"
     for what, names in (
         ("damaged", verdict.damaged),
         ("missing", verdict.missing),

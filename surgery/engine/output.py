@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from surgery.checkpoint.files import JOURNAL as JOURNAL
 from surgery.engine import journal
 from surgery.engine.render import amount
 from surgery.errors import Failed, Refused
 
 PARTIAL = ".partial"
-JOURNAL = "journal.jsonl"
 LOCK = ".lock"
 _REPLACING = ".replacing"  # in the partial output: OUT.replaced is what we moved away, and ours to remove
 

@@ -1,7 +1,7 @@
 """Bit rot: weights hashed again and compared with what is known of them.
 
 What is known: the `surgery.json` that every output of ours carries (a digest of each tensor, SHA-256 of headers and of the
-files beside the weights), and in a hub cache the names of the blobs, which are the SHA-256 of large files.
+files beside the weights), and in a hub cache the names of the blobs (`engine.blobs`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,31 +17,29 @@ from typing import Any
 
 import numpy as np
 
+from surgery.checkpoint.files import JOURNAL, unfinished
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.layout import Layout
 from surgery.checkpoint.source import FileState, Source, open_source, read_json
 from surgery.checkpoint.stored import Stored
+from surgery.engine.blobs import Progress, blob_hash, differing, file_hash, snapshot, weight_files
 from surgery.engine.digest import SCHEME, combine, piece_digests
 from surgery.engine.pieces import pieces
 from surgery.engine.reader import Reader
 from surgery.errors import Refused, SurgeryError
-from surgery.remote.address import scheme_of
+from surgery.remote.address import HUB, scheme_of
 
 MANIFEST = "surgery.json"
 INDEX = "model.safetensors.index.json"
-_BLOB = re.compile(r"^[0-9a-f]{64}$")
 _OURS = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors$")
-_CHUNK = 1 << 22
-
-Progress = Callable[[int], None]
 
 
 @dataclass
 class Verdict:
     """What was found where `path` was compared with what is known of it.
 
-    known: "manifest" or "hub". damaged, missing, extra: tensors whose bytes differ, that are not there, that are not in the
-    manifest. unreadable: weight file -> what is wrong with it. changed: headers and other files that differ or are gone.
+    known: "manifest" or "hub"; of the latter whole files are compared. damaged, missing, extra: tensors whose bytes differ, that
+    are not there, that are not in the manifest. unreadable: weight file -> what is wrong with it. changed: headers and other files that differ or are gone.
     """
 
     path: Path | str
@@ -63,23 +61,41 @@ class Verdict:
 
 
 def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
-    """Hash the checkpoint in directory `path`, or at a URL, again. Raises Refused if nothing is known that it could be compared
-    with."""
-    if scheme_of(os.fspath(path)) is not None:
-        return _elsewhere(os.fspath(path), threads, progress or (lambda n: None))
-    folder, tell = Path(path), progress or (lambda n: None)
+    """Hash the checkpoint in directory `path`, at a URL, or (a hub id) in the hub's cache, again. Raises Refused if nothing is
+    known that it could be compared with."""
+    scheme, tell = scheme_of(os.fspath(path)), progress or (lambda n: None)
+    if scheme is not None and scheme != HUB:
+        return _elsewhere(os.fspath(path), threads, tell)
+    folder = Path(path)
     if not folder.is_dir():
-        raise Refused(f"{folder}: no such directory", hint="name the directory of a checkpoint")
+        folder = _of_the_hub(os.fspath(path))
     files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     found = read_json(folder / MANIFEST)
     if found is not None:
         return _against_manifest(folder, files, _checked(folder / MANIFEST, found), threads, tell)
-    if files and all(map(blob_hash, files)):
-        return _against_blobs(folder, files, tell)
+    blobs = weight_files(folder)
+    if blobs and all(map(blob_hash, blobs)):
+        return _against_blobs(folder, blobs, tell)
+    if (folder / JOURNAL).is_file():
+        raise unfinished(folder)
     raise Refused(
         f"{folder}: has no {MANIFEST}, and is not in a hub cache: there is nothing to compare it with",
         hint="only outputs of `surgery run` and downloads of the hub can be verified",
     )
+
+
+def _of_the_hub(path: str) -> Path:
+    """The folder in the hub's cache that a hub id names."""
+    if Path(path).is_file():
+        hint = "name the directory of a checkpoint; `surgery delta verify` checks a package"
+        raise Refused(f"{path}: is a file", hint=hint)
+    found = snapshot(path)
+    if found is None:
+        raise Refused(
+            f"{path}: no such directory, and no model of that name in the hub's cache",
+            hint="name the directory of a checkpoint, or a hub id that was downloaded",
+        )
+    return found
 
 
 def _elsewhere(url: str, threads: int | None, tell: Progress) -> Verdict:
@@ -175,12 +191,12 @@ def _against_blobs(folder: Path, files: Iterable[Path], tell: Progress) -> Verdi
     verdict = Verdict(folder, "hub")
     for file in files:
         try:
-            if file_hash(file, tell) != blob_hash(file):
-                verdict.unreadable[file.name] = f"{file}: its SHA-256 is not the one that the hub gave"
-            verdict.tensors += len(read_header(str(file)).tensors)
+            verdict.nbytes += file.stat().st_size
+            verdict.tensors += len(read_header(str(file)).tensors) if file.suffix == ".safetensors" else 0
         except (SurgeryError, OSError) as problem:
-            verdict.unreadable.setdefault(file.name, str(problem))
-        verdict.nbytes += file.stat().st_size
+            verdict.unreadable[file.name] = problem.message if isinstance(problem, SurgeryError) else str(problem)
+    for file, why in differing(folder, tell):
+        verdict.changed.append(f"{file.name} ({why})")
     return verdict
 
 
@@ -191,22 +207,6 @@ def _differs(folder: Path, name: str, digest: str) -> bool:
         return file_hash(folder / name) != digest
     except OSError:
         return True
-
-
-def file_hash(path: Path, tell: Progress = lambda n: None) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            tell(len(chunk))
-    return digest.hexdigest()
-
-
-def blob_hash(file: Path) -> str | None:
-    """The SHA-256 that a hub cache knows of a file: the name of the blob that it links to. None elsewhere."""
-    real = file.resolve()
-    return real.name if real.parent.name == "blobs" and _BLOB.match(real.name) else None
 
 
 # -- inputs of a run -----------------------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def hub_snapshot(folder: Path, model: Path) -> Path:
     blobs.mkdir()
     for file in model.iterdir():
         raw = file.read_bytes()
-        kind = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
-        blob = blobs / kind(raw).hexdigest()
+        large = file.suffix == ".safetensors"
+        blob = blobs / (hashlib.sha256(raw) if large else hashlib.sha1(b"blob %d\0" % len(raw) + raw)).hexdigest()
         blob.write_bytes(raw)
         (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
     return snapshot
@@ -135,7 +135,34 @@ def test_downloads_are_compared_with_what_the_hub_gave(tmp_path: Path) -> None:
     assert verdict.whole and verdict.known == "hub" and verdict.tensors == 12
     victim = snapshot / "model-00002-of-00002.safetensors"
     flip_bit(victim.resolve(), 700)
-    assert list(verify(snapshot).unreadable) == [victim.name] and surgery("verify", snapshot).returncode == 2
+    assert [c.split()[0] for c in verify(snapshot).changed] == [victim.name] and surgery("verify", snapshot).returncode == 2
+    flip_bit(victim.resolve(), 700)
+    small = snapshot / "config.json"
+    small.resolve().write_bytes(small.read_bytes() + b" ")
+    assert [c.split()[0] for c in verify(snapshot).changed] == ["config.json"]
+
+
+def test_a_download_is_named_by_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = hub_snapshot(tmp_path / "hub", llama(tmp_path / "m", 0))
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("org/m", "org/m@main", "hf://org/m"):
+        done = surgery("verify", name)
+        assert done.returncode == 0 and "whole: 12 tensors" in done.stdout, done.stderr
+    for name in ("org/other", "nothing", snapshot / "config.json"):
+        done = surgery("verify", name)
+        assert done.returncode == 2 and str(name) in done.stderr and "hint:" in done.stderr
+
+
+def test_an_unfinished_output_is_called_so(tmp_path: Path) -> None:
+    trio(tmp_path)
+    run(recipe(tmp_path, "out: {op: average, of: [base, a, b]}"), tmp_path / "out")
+    (tmp_path / "out" / "surgery.json").unlink()
+    (tmp_path / "out" / "journal.jsonl").write_text("{}\n")
+    with pytest.raises(Refused, match=r"not complete"):
+        verify(tmp_path / "out")
 
 
 def test_run_verify_looks_at_every_input_first(tmp_path: Path) -> None:
