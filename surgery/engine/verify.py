@@ -38,8 +38,9 @@ _OURS = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors$")
 class Verdict:
     """What was found where `path` was compared with what is known of it.
 
-    known: "manifest" or "hub"; of the latter whole files are compared. damaged, missing, extra: tensors whose bytes differ, that
-    are not there, that are not in the manifest. unreadable: weight file -> what is wrong with it. changed: headers and other files that differ or are gone.
+    known: "manifest" or "hub"; of the latter whole files are compared. damaged, missing, extra: tensors whose bytes differ,
+    that are not there, that are not in the manifest. unreadable: weight file -> what is wrong with it. changed: headers and
+    other files that differ or are gone.
     """
 
     path: Path | str
