@@ -89,9 +89,24 @@ def _verify(plan: Any, threads: int | None, quiet: bool) -> None:
     from surgery.cli.progress import bar
     from surgery.engine.verify import verify_inputs
 
-    sources = [use.source for use in plan.uses]
-    with bar(sum(s.nbytes for s in sources), show=not quiet and sys.stderr.isatty()) as advance:
+    sources, packages = [use.source for use in plan.uses], _packages(plan)
+    total = sum(s.nbytes for s in sources) + sum(p.size for p in packages.values())
+    with bar(total, show=not quiet and sys.stderr.isatty()) as advance:
         found = verify_inputs(sources, threads=threads, progress=advance)
+        for name, package in packages.items():
+            from surgery.delta.check import verify_package
+
+            verify_package(package, progress=advance)
+            found[name] = "package"
+    said = {"manifest": "as its surgery.json says", "hub": "as the hub gave it"}
+    said["package"] = "as its manifest says (its base and what it makes are checked while it is read)"
     for label, known in found.items() if not quiet else ():
-        said = {"manifest": "as its surgery.json says", "hub": "as the hub gave it"}
         click.echo(f"{label}: {said.get(known, 'NOT VERIFIED: no digest of it is known')}", err=True)
+
+
+def _packages(plan: Any) -> dict[str, Any]:
+    """The delta packages that a plan reads, by their name."""
+    from surgery.graph.expr import walk
+
+    exprs = walk([program.expr for program in plan.programs])
+    return {str(package.path): package for e in exprs if (package := getattr(e, "package", None)) is not None}

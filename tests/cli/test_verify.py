@@ -187,6 +187,22 @@ def test_run_verify_looks_at_every_input_first(tmp_path: Path) -> None:
     assert surgery("run", tmp_path / "verified.yaml", "-o", tmp_path / "out", "--verify", "-q").returncode == 0
 
 
+def test_run_verify_looks_at_packages(tmp_path: Path) -> None:
+    """All of a package, also where the run would not read it."""
+    trio(tmp_path)
+    package = tmp_path / "a.delta.safetensors"
+    assert surgery("delta", "pack", "--base", tmp_path / "base", "--model", tmp_path / "a", "-o", package).returncode == 0
+    models = "{base: base, pk: {source: a.delta.safetensors, base: base}, b: b}"
+    (tmp_path / "packed.yaml").write_text(f"models: {models}\nsteps:\n  m: {{op: average, of: [pk, b]}}\noutput: {{from: m}}\n")
+    done = surgery("run", tmp_path / "packed.yaml", "-o", tmp_path / "out", "--verify")
+    assert done.returncode == 0 and "a.delta.safetensors: as its manifest says" in done.stderr
+    shutil.rmtree(tmp_path / "out")
+    flip_bit(package, package.stat().st_size - 3)
+    done = surgery("run", tmp_path / "packed.yaml", "-o", tmp_path / "out", "--verify")
+    assert done.returncode == 2 and "a.delta.safetensors" in done.stderr and "damaged" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_digests_of_another_file_in_the_folder_are_not_applied(tmp_path: Path) -> None:
     """A bare file that somebody put beside an output of ours is not what its surgery.json is about."""
     import surgery as package
