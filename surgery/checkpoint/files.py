@@ -17,6 +17,7 @@ from surgery.remote.file import RemoteFile
 from surgery.remote.mode import is_streaming
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", *PICKLED)
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 JOURNAL = "journal.jsonl"  # lies in an output until it is complete
 _LONGEST = 255  # bytes of a file's name
@@ -72,22 +73,30 @@ def small_text(path: Path) -> str:
 
 
 def _check_links(directory: Path) -> None:
-    """Refuse a directory whose config, tokenizer or licence is a device, or a link to somewhere that holds no weights.
+    """Refuse a directory whose weights, config, tokenizer or licence are a link to somewhere that holds no weights, or whose
+    config, tokenizer or licence is a device.
 
-    What such a link leads to would be copied into the output, and be published with it. Links between checkpoints and into a
-    hub cache are common and fine.
+    What such a link leads to would be read, or be copied into the output and published with it. Links between checkpoints and
+    into a hub cache are common and fine.
     """
     for entry in os.scandir(directory):
         name = entry.name.lower()
         path = directory / entry.name
-        if entry.is_file(follow_symlinks=False) or not any(fnmatchcase(name, p) for p in _TEXTS):
+        holds_weights = name.endswith(_WEIGHTS)
+        if entry.is_file(follow_symlinks=False) or not (holds_weights or any(fnmatchcase(name, p) for p in _TEXTS)):
             continue
-        if path.is_dir() or not path.exists():
+        if path.is_dir() or not path.exists() or (holds_weights and not path.is_file()):
             continue
         if not path.is_file():
             raise Refused(f"{path}: is not a plain file", hint="do not use this checkpoint")
         target = path.resolve()
-        if not _beside_weights(target.parent, directory.resolve()):
+        if holds_weights:
+            if not target.name.endswith(_WEIGHTS) and not _beside_weights(target.parent, directory.resolve()):
+                raise Refused(
+                    f"{path}: is a link to {target}, outside of this checkpoint and not a weight file by its name",
+                    hint="if that is meant, put a copy of the file in the link's place",
+                )
+        elif not _beside_weights(target.parent, directory.resolve()):
             raise Refused(
                 f"{path}: is a link to {target}, outside of this checkpoint; its content would be copied into the output",
                 hint="if that is meant, put a copy of the file in the link's place",
@@ -100,7 +109,7 @@ def _beside_weights(folder: Path, home: Path) -> bool:
         return True
     if folder.name == "blobs" and (folder.parent / "snapshots").is_dir():
         return True
-    return any(entry.name.endswith((".safetensors", *PICKLED)) for entry in os.scandir(folder))
+    return any(entry.name.endswith(_WEIGHTS) for entry in os.scandir(folder))
 
 
 def _file(path: Path) -> Located:
@@ -202,6 +211,7 @@ def _hub(source: str, *, stream: bool) -> Located:
     repo, _, revision = source.partition("@")
     if not _HUB_ID.match(repo):
         raise Refused(f"{source}: not a model of the hub", hint="write org/name, or org/name@revision")
+    check_revision(source, revision)
     with _hub_refusals(repo, revision):
         if stream:
             from surgery.checkpoint.elsewhere import locate_on_hub
@@ -212,6 +222,14 @@ def _hub(source: str, *, stream: bool) -> Located:
         kinds = _weights_on_hub(repo, revision or None)
         path = snapshot_download(repo, revision=revision or None, allow_patterns=[*kinds, *SIDECARS])
     return from_directory(Path(path), Path(path).name)._replace(location=source)
+
+
+def check_revision(source: str, revision: str) -> None:
+    """Raises Refused for what git allows no branch, tag or commit to be called. The hub library makes paths of its cache of
+    them: `..` would lead out of it."""
+    parts = revision.split("/") if revision else []
+    if not revision.isprintable() or any(c in revision for c in " \\:?*[~^") or any(p.startswith(".") or not p for p in parts):
+        raise Refused(f"{source}: `{ascii(revision)[1:-1]}` is no revision", hint="write org/name@BRANCH, @TAG or @COMMIT")
 
 
 @contextmanager

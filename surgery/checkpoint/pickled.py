@@ -6,6 +6,7 @@ data in the file, so that they are read by position just like safetensors.
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +29,8 @@ def read_pickled(path: str) -> dict[str, Stored]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles that it did not write: they are refused or they are fine
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises half a dozen types; every one means the same here
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__

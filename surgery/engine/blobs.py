@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from surgery.checkpoint.files import PICKLED
+from surgery.checkpoint.files import PICKLED, check_revision
 
 Progress = Callable[[int], None]
 
@@ -49,13 +49,17 @@ def differing(folder: Path, tell: Progress = lambda n: None) -> Iterator[tuple[P
 
 
 def snapshot(model: str) -> Path | None:
-    """The folder of a hub model, `org/name` or `org/name@revision`, in the cache of this machine; None if it has none."""
+    """The folder of a hub model, `org/name` or `org/name@revision`, in the cache of this machine; None if it has none.
+
+    Raises Refused for what cannot be a revision.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.removeprefix("hf://").partition("@")
     if not _ID.match(name):
         return None
+    check_revision(model, revision)
     try:
         return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):

@@ -67,11 +67,25 @@ def test_an_index_that_points_at_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_weight_file_that_links_to_a_secret_shows_none_of_it(tmp_path: Path, secret: Path) -> None:
+    """Not even as a number: its first bytes, taken for the length of a header, were said in the message once."""
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").symlink_to(secret / "credentials")
-    with pytest.raises(Refused) as found:
-        surgery.open(tmp_path / "m")
-    assert "AKIA" not in str(found.value)
+    first = str(int.from_bytes((secret / "credentials").read_bytes()[:8], "little"))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / "m" / name).symlink_to(secret / "credentials")
+        for location in (tmp_path / "m", tmp_path / "m" / name):
+            with pytest.raises(Refused, match="not a weight file by its name") as found:
+                surgery.open(location)
+            assert "AKIA" not in str(found.value) and first not in str(found.value)
+        (tmp_path / "m" / name).unlink()
+
+
+@pytest.mark.parametrize("revision", ["../../x", "a/../../b", "/etc/passwd", "a//b", "a b", "a\x1bb", ".."])
+def test_a_revision_does_not_lead_out_of_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    """The hub library reads CACHE/refs/REVISION, and takes what it finds there for the name of a folder."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for location in (f"org/m@{revision}", f"hf://org/m@{revision}"):
+        with pytest.raises(Refused, match="is no revision"):
+            surgery.open(location)
 
 
 @pytest.mark.parametrize(
