@@ -85,6 +85,9 @@ def _reason(problem: Exception, first_line: str) -> str:
     for marker in ("unsupported GLOBAL ", "Unsupported global: GLOBAL ", "Unsupported class "):
         if marker in text:
             return f"it asks to run {text.split(marker, 1)[1].split()[0]}"
+    if "WeightsUnpickler error:" in text:  # what torch says before that is how to switch the protection off
+        said = [line.strip() for line in text.split("WeightsUnpickler error:", 1)[1].splitlines() if line.strip()]
+        return f"not a pickle of tensors ({said[0][:150]})" if said else "not a pickle of tensors"
     return first_line[:200]
 
 

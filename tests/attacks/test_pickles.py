@@ -239,3 +239,13 @@ def test_broken_archives(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(Refused):
             surgery.open(path)
+
+
+def test_nobody_is_told_to_switch_the_protection_off(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Which is what torch says first of a pickle that it cannot read."""
+    (tmp_path / "m").mkdir()
+    archive(tmp_path / "m" / "pytorch_model.bin", pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(Refused) as found:
+        surgery.open(tmp_path / "m")
+    assert "not a pickle of tensors" in str(found.value) and "weights_only" not in str(found.value)
+    assert not [w for w in recwarn if "pickle" in str(w.message)]
