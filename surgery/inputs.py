@@ -6,7 +6,9 @@ their own add theirs to `KINDS`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from surgery.adapter import kinds as adapters
 from surgery.checkpoint.source import open_source
@@ -38,7 +40,16 @@ def _package(location: str, label: str | None, where: Mapping[str, str]) -> Node
     return package(location, label, where)
 
 
-KINDS: list[Kind] = [_package, _adapted, adapters.adapter, statistics_checkpoint, _checkpoint]
+def _gguf(location: str, label: str | None, where: Mapping[str, str]) -> Node | None:
+    """A file of llama.cpp, or a folder with nothing else."""
+    if not location.endswith(".gguf") and not any(Path(os.path.expanduser(location)).glob("*.gguf")):
+        return None
+    from surgery.gguf.node import gguf_file
+
+    return gguf_file(location, label, where)
+
+
+KINDS: list[Kind] = [_package, _adapted, adapters.adapter, statistics_checkpoint, _gguf, _checkpoint]
 
 
 def open_node(

@@ -72,7 +72,7 @@ def small_text(path: Path) -> str:
     return raw.decode("utf-8")
 
 
-def _check_links(directory: Path) -> None:
+def check_links(directory: Path) -> None:
     """Refuse a directory whose weights, config, tokenizer or licence are a link to somewhere that holds no weights, or whose
     config, tokenizer or licence is a device.
 
@@ -113,7 +113,7 @@ def _beside_weights(folder: Path, home: Path) -> bool:
 
 
 def _file(path: Path) -> Located:
-    _check_links(path.parent)
+    check_links(path.parent)
     if path.name.endswith(".index.json"):
         return Located(path.parent, *_indexed(path), None)
     if path.suffix == ".safetensors" or path.suffix in PICKLED:
@@ -125,7 +125,7 @@ def _file(path: Path) -> Located:
 
 def from_directory(path: Path, revision: str | None) -> Located:
     """The checkpoint in a folder on this machine. Raises Refused where it is not clear which files are its weights."""
-    _check_links(path)
+    check_links(path)
     for single, index, pattern in (
         ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin"),
@@ -170,10 +170,8 @@ def unfinished(path: Path) -> Refused:
 
 def _gguf(path: Path) -> Refused:
     return Refused(
-        f"{path}: a GGUF file: quantised for llama.cpp, with tensors renamed and permuted",
-        hint="use the model it was made from, or unpack it first, with gguf installed and transformers 5: "
-        f'AutoModelForCausalLM.from_pretrained("{path.parent}", gguf_file="{path.name}", '
-        'quantization_config=GgufConfig(dequantize=True)).save_pretrained("unpacked")',
+        f"{path}: a GGUF file: an input of recipes, plans and edits, but not a checkpoint to be used as it lies",
+        hint=f"unpack it first: python -c \"import surgery; surgery.open('{path}').save('unpacked')\"",
     )
 
 

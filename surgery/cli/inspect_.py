@@ -31,10 +31,12 @@ def command(source: str, scanning: bool, as_json: bool) -> None:
     from surgery.checkpoint.source import open_source
     from surgery.cli.progress import bar
     from surgery.engine.scan import overview, scan
+    from surgery.gguf.node import gguf_file
     from surgery.remote.mode import streaming
 
     with streaming():  # headers are all that is needed
-        opened = open_source(source)
+        packed = None if scanning else gguf_file(source, None, {})
+        opened = open_source(source) if packed is None else packed.outline()
     scans: dict[str, Scan] | None = None
     if scanning:
         with bar(opened.nbytes, show=sys.stderr.isatty()) as advance:

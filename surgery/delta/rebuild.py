@@ -254,7 +254,7 @@ class PackageNode(Node):
 
 def stored_tensors(node: Node) -> dict[str, Expr]:
     """Every tensor that is stored, those that are declared tied as well."""
-    if isinstance(node, SourceNode):
+    if isinstance(node, SourceNode) and node.as_stored:
         made: dict[str, Expr] = {name: Read(node.source, stored, node) for name, stored in node.source.tensors.items()}
         return made | {alias: made[name] for alias, name in node.source.aliases.items()}
     return node.tensors

@@ -114,6 +114,7 @@ class SourceNode(Node):
     """A checkpoint on disk."""
 
     verb = "READ"
+    as_stored = True  # its tensors are those of the file, byte for byte
 
     def __init__(self, source: Source, label: str | None = None, where: Mapping[str, str] | None = None) -> None:
         super().__init__(label or source.label, where)
