@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Plan, Program
 from surgery.engine.price import held_beside
 from surgery.engine.render import amount
-from surgery.graph.expr import Applied, Derived, Expr, Mapped, Read, walk
+from surgery.graph.expr import Applied, Derived, Expr, Mapped, Read
 
 RESERVE = 1 / 16  # of what is free, left alone: libraries of the device take memory of their own
 CUDA_CONTEXT = 700 * 10**6  # resident bytes of this process that CUDA and its libraries take: assumed, not measured
@@ -38,7 +38,7 @@ class Share:
     def of(plan: Plan, device: Device) -> Share:
         made = Share(device)
         for program in plan.programs:
-            exprs = list(walk([program.expr]))
+            exprs = program.below
             reads = reads_of(program)
             if reads is not None:
                 elements = min(PIECE, max(1, exprs[-1].numel))
@@ -93,7 +93,7 @@ def room_of(device: Device) -> float:
     return float("inf") if free is None else free * (1 - RESERVE)
 
 
-def _matrices(exprs: list[Expr]) -> Iterator[Applied]:
+def _matrices(exprs: Sequence[Expr]) -> Iterator[Applied]:
     return (e for e in exprs if isinstance(e, Applied) and runs_there(e))
 
 
@@ -107,7 +107,7 @@ def matrix_bytes(e: Applied, wide: bool) -> int:
     return sum(a.numel for a in e.args) * (8 if wide else 4) + held_beside(e, wide)
 
 
-def _reason(program: Program, exprs: list[Expr]) -> str:
+def _reason(program: Program, exprs: Sequence[Expr]) -> str:
     if program.copies:
         return "copied"
     names = dict.fromkeys(e.op.name for e in exprs if isinstance(e, Applied) and not e.op.linear)

@@ -182,7 +182,7 @@ class WritePhase(Phase):
         self._blocks: Blocks | None = None
         if program.dtype is BF16:
             self._blocks = Blocks.of_sum(program.expr, wide=program.wide, whole=program.whole)
-        self._per_element = sum(e.dtype.size for e in walk([program.expr]) if isinstance(e, Read)) + program.dtype.size
+        self._per_element = sum(e.dtype.size for e in program.below if isinstance(e, Read)) + program.dtype.size
 
     def do(self, evaluator: Evaluator, task: int) -> int:
         program, size = self._program, 0

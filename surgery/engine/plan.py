@@ -42,6 +42,16 @@ class Program:
     def shape(self) -> tuple[int, ...]:
         return self.expr.shape
 
+    @cached_property
+    def below(self) -> tuple[Expr, ...]:
+        """Every expression that it is made of, arguments first, each once."""
+        return tuple(walk([self.expr]))
+
+    @property
+    def read(self) -> int:
+        """Stored bytes of the tensors that it is made of."""
+        return sum(e.stored.nbytes for e in self.below if type(e) is Read)
+
     @property
     def nbytes(self) -> int:
         return prod(self.expr.shape) * self.dtype.size
@@ -184,12 +194,16 @@ class Traits(NamedTuple):
 
 def traits(exprs: Sequence[Expr]) -> Traits:
     """What evaluating `exprs` together takes."""
+    return _traits(exprs, walk(exprs))
+
+
+def _traits(exprs: Sequence[Expr], below: Iterable[Expr]) -> Traits:
     seen: set[int] = set()
     shared: set[int] = set()
     wide = whole = False
     for e in exprs:
         (shared if id(e) in seen else seen).add(id(e))
-    for e in walk(exprs):
+    for e in below:
         for arg in e.args:
             (shared if id(arg) in seen else seen).add(id(arg))
         whole = whole or isinstance(e, Mapped) or (isinstance(e, Applied) and _needs_whole(e))
@@ -199,10 +213,13 @@ def traits(exprs: Sequence[Expr]) -> Traits:
 
 
 def program_of(name: str, expr: Expr, dtype: DType | None, settings: Settings) -> Program:
-    wide, whole, shared = traits([expr])
-    measures = tuple(e.measure for e in walk([expr]) if isinstance(e, Applied) and e.measure is not None)
+    below = tuple(walk([expr]))
+    wide, whole, shared = _traits([expr], below)
+    measures = tuple(e.measure for e in below if isinstance(e, Applied) and e.measure is not None)
     out = dtype if dtype is not None and expr.dtype.is_float else expr.dtype
-    return Program(name, expr, out, measures, wide or settings.precision == "float64", whole, shared)
+    made = Program(name, expr, out, measures, wide or settings.precision == "float64", whole, shared)
+    made.__dict__["below"] = below
+    return made
 
 
 def _without(program: Program, early: set[int]) -> Program:
@@ -257,7 +274,7 @@ def _account(node: Node, programs: Iterable[Program], claims: Sequence[Agree]) -
     """Every input tensor is computed with, passed, or refused with a reason."""
     reached: dict[int, dict[str, bool]] = {}
     for program in programs:
-        for e in walk([program.expr]):
+        for e in program.below:
             if isinstance(e, Read):
                 mine = reached.setdefault(id(e.source), {})
                 mine[e.stored.name] = mine.get(e.stored.name, False) or not program.copies

@@ -9,7 +9,7 @@ from surgery.checkpoint.source import RemoteState
 from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
 from surgery.engine.reader import stream_room
-from surgery.graph.expr import Applied, Expr, Literal, Mapped, Measure, Read, walk
+from surgery.graph.expr import Applied, Expr, Literal, Mapped, Measure, Read
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
@@ -23,8 +23,8 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
     read = buffers = whole = 0
     torch = False
     for program in programs:
-        exprs = list(walk([program.expr]))
-        read += sum(e.stored.nbytes for e in exprs if isinstance(e, Read))
+        exprs = program.below
+        read += program.read
         buffers = max(buffers, len(exprs) + 1)
         if program.whole:
             whole = max(whole, _held(exprs, program.wide))
@@ -38,7 +38,7 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
 
 
 def _states(programs: Sequence[Program]) -> Iterator[Any]:
-    sources = {id(e.source): e.source for p in programs for e in walk([p.expr]) if isinstance(e, Read)}
+    sources = {id(e.source): e.source for p in programs for e in p.below if isinstance(e, Read)}
     return (state for source in sources.values() for state in source.files.values())
 
 

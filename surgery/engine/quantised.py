@@ -5,7 +5,7 @@ from __future__ import annotations
 from surgery.checkpoint.source import Source
 from surgery.engine.plan import Plan, Program
 from surgery.errors import Refused
-from surgery.graph.expr import Derived, Read, walk
+from surgery.graph.expr import Derived, Read
 from surgery.graph.packed import packed_codes, packing
 from surgery.graph.scaled import Dequantised
 
@@ -20,7 +20,7 @@ def check_quantised(plan: Plan) -> None:
     for program in plan.programs:
         if program.copies or _rebuilt(program):
             continue
-        exprs = list(walk([program.expr]))
+        exprs = program.below
         scaled = {id(a) for e in exprs if isinstance(e, Dequantised) for a in e.args}
         for e in exprs:
             if isinstance(e, Read) and id(e) not in scaled:
