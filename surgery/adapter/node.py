@@ -82,7 +82,8 @@ class AdapterNode(Node):
 
     @property
     def text(self) -> str:
-        return self.label or ""
+        said = self.adapter.config.base
+        return f"{self.label} (trained on {said})" if said else self.label or ""
 
     @property
     def identity(self) -> str:

@@ -481,18 +481,18 @@ class Evaluator:
 
 
 class _Fetch:
-    """See `surgery.graph.expr.Fetch`."""
+    """See `surgery.graph.expr.Fetch`. Places may be numpy's integers, which the system's calls do not take."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
 
     def __call__(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
         e = self._evaluator
-        return e.elsewhere(start, arg.numel if stop is None else stop, e.values, arg)
+        return e.elsewhere(int(start), arg.numel if stop is None else int(stop), e.values, arg)
 
     def raw(self, arg: Expr, start: int = 0, stop: int | None = None) -> Array:
         e = self._evaluator
-        return e.elsewhere(start, arg.numel if stop is None else stop, e.raw, arg)
+        return e.elsewhere(int(start), arg.numel if stop is None else int(stop), e.raw, arg)
 
 
 _COMPUTE: dict[type, Callable[[Evaluator, Any], Array]] = {

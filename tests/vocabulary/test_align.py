@@ -90,6 +90,26 @@ def test_large_tables_are_gathered_over_pieces(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, wanted)
 
 
+def test_runs_of_rows_are_taken_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that moved together are one read of a mapped file, not a copy row by row: as in every large vocabulary."""
+    from surgery.engine import mapping
+
+    monkeypatch.setattr(mapping, "MAPPED_FROM", 1 << 16)
+    count, width, moved = 1000, 128, 40
+    rng = np.random.default_rng(6)
+    for name, first in (("x", 0), ("y", moved)):
+        words = {f"w{i}": i - first for i in range(first, count)} | {f"v{i}": count - first + i for i in range(first)}
+        table = rng.standard_normal((count, width)).astype(BF16)
+        write_checkpoint(tmp_path / name, {TABLES[0]: table}, config=llama_config(0, hidden=width, vocab=count))
+        (tmp_path / name / "tokenizer.json").write_text(word_level(words))
+    step, output = "out: {op: average, of: [x, y]}", "{from: out, dtype: float32, tokenizer: x}"
+    run(recipe(tmp_path, step, models="xy", output=output), tmp_path / "out")
+    x, y = (stored(tmp_path / n, TABLES[0]).astype(np.float64) for n in "xy")
+    wanted = x.copy()
+    wanted[moved:] = (x[moved:] + y[: count - moved]) / 2
+    np.testing.assert_allclose(stored(tmp_path / "out", TABLES[0]), wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("padding", ["keep", "drop"])
 @pytest.mark.parametrize("multiple", [None, 1, 8, 64])
 def test_padding_is_kept_and_added(tmp_path: Path, multiple: int | None, padding: str) -> None:
