@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import BF16, all_bytes, recipe, run, trio
 
-from surgery.engine import crew, evaluate, mapping
+from surgery.engine import crew, mapping, piece
 from surgery.errors import Failed
 from surgery.ops import fast
 
@@ -48,7 +48,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return made
 
     monkeypatch.setattr(mapping, "MAPPED_FROM", 1)
-    monkeypatch.setattr(evaluate, "_VIEWED", 1)
+    monkeypatch.setattr(piece, "_VIEWED", 1)
     monkeypatch.setattr(crew, "LIGHT", 0)  # small tensors too are read again for each phase
     monkeypatch.setattr(mapping.MappedFile, "view", watched)
     return seen
