@@ -67,7 +67,7 @@ def prepare(folder: Path, work: Path | None, examples: int) -> None:
     (folder / "merge.yaml").write_text(RECIPE)
     lines = ["defaults: {length: 48, normalize: true}", "tasks:"]
     for task in build_tasks(stdlib_sources(), Sizes()):
-        rows = [{"text": text, "label": task.classes[label]} for text, label in task.val[: examples // 2]]
+        rows = [{"text": text, "label": task.classes[label]} for text, label in task.validation[: examples // 2]]
         (folder / f"{task.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         head = folder / f"{task.name}-head.safetensors"
         weight = torch.randn(len(task.classes), 384, generator=torch.Generator().manual_seed(0))

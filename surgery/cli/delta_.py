@@ -14,6 +14,16 @@ from surgery.cli.delta_tasks import tasks_
 from surgery.cli.options import JSON, print_json
 
 
+def _list(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """`--codec list` needs nothing else."""
+    if name == "list" and not context.resilient_parsing:
+        from surgery.cli.delta_lossy import codecs
+
+        click.echo("\n".join(codecs()))
+        context.exit()
+    return name
+
+
 @click.group("delta")
 def command() -> None:
     """Ship a fine-tune as what changed from its base, exactly or within a stated error, and prove it.
@@ -31,7 +41,13 @@ def command() -> None:
 @OUT
 @click.option("--exact", is_flag=True, help="Every bit comes back (the default without a budget or codec).")
 @click.option("--fast", is_flag=True, help="Exact parts without contexts: a fifth larger or more, two to three times faster.")
-@click.option("--codec", metavar="NAME", help="Lossy codec, or `auto`; `--codec list` names them with their options.")
+@click.option(
+    "--codec",
+    metavar="NAME",
+    is_eager=True,
+    callback=_list,
+    help="Lossy codec, or `auto`; `--codec list` names them with their options.",
+)
 @click.option("--bits", type=float, help="Lossy: bits per weight.")
 @click.option("--size", help="Lossy: bytes to spend on all tensors together, like 200MB.")
 @click.option("--max-error", type=float, help="Lossy: largest absolute error of any weight.")
@@ -60,16 +76,13 @@ def pack_(base: str, model: str, out: str, quiet: bool, **how: Any) -> None:
       surgery delta pack --base base/ --model tuned/ -o tiny.delta.safetensors --bits 0.5 --calib texts.jsonl
       surgery delta pack --base base/ --model tuned/ -o both.delta.safetensors --bits 0.5 --progressive
     """
-    from surgery.cli.delta_lossy import chosen, codecs
+    from surgery.cli.delta_lossy import chosen
     from surgery.cli.delta_report import evaluated, summary
     from surgery.cli.progress import bar
     from surgery.delta.codecs.exact import FAST, ULP
     from surgery.delta.pack import pack
     from surgery.inputs import open_node
 
-    if how["codec"] == "list":
-        click.echo("\n".join(codecs()))
-        return
     below, above = open_node(base), open_node(model)
     total = sum(e.numel * e.dtype.size for e in above.tensors.values())
     codec = FAST if how.pop("fast") else ULP

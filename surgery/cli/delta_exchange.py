@@ -22,8 +22,9 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summar
 @click.option("--checksums", default="xxh3-128", show_default=True, help="slime: xxh3-128, blake3 or adler32.")
 @click.option("--rank", type=int, help="lora: rank of every target.")
 @click.option("--bits", type=float, help="lora: bits per weight of a matrix, instead of a rank.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there, once the new one is whole.")
 @QUIET
-def export_(package: str, base: str, kind: str, out: str, quiet: bool, **given: Any) -> None:
+def export_(package: str, base: str, kind: str, out: str, quiet: bool, overwrite: bool, **given: Any) -> None:
     """Write what PACKAGE makes of BASE in another tool's format. All but `hf` say less than a package: read the warnings.
 
     \b
@@ -47,18 +48,19 @@ def export_(package: str, base: str, kind: str, out: str, quiet: bool, **given: 
     below = open_node(base)
     node = PackageNode(Package(package), below)
     if kind == "slime":
-        options = {k: given[k] for k in ("version", "encoding", "checksums")}
+        options = {k: given[k] for k in ("version", "encoding", "checksums")} | {"overwrite": overwrite}
         said = f"{export_slime(below, node, out, **options)}: version {given['version']}"
     elif kind == "vllm-patch":
-        done = export_vllm_patch(below, node, out)
+        done = export_vllm_patch(below, node, out, overwrite=overwrite)
         said = f"{out}: {done['patches']} patches, {done['elements']:,} elements; applied in place, nothing checks the base"
     elif kind == "lora":
-        report = export_lora(below, node, out, rank=given["rank"], bits=given["bits"], base_name=base)
+        size = {k: given[k] for k in ("rank", "bits")}
+        report = export_lora(below, node, out, base_name=base, overwrite=overwrite, **size)
         worst = max((t["rel_fro"] or 0.0 for t in report["targets"].values()), default=0.0)
         saved = len(report["modules_to_save"])
         said = f"{out}: {len(report['targets'])} targets, largest relative error {worst:.3g}; {saved} modules saved whole"
     else:
-        said = f"{apply(node, out).out}: rebuilt, every hash right"
+        said = f"{apply(node, out, overwrite=overwrite).out}: rebuilt, every hash right"
     if not quiet:
         click.echo(said, err=True)
 

@@ -34,8 +34,8 @@ class Decoded(Derived):
 class DeltaNode(Node):
     """The float tensors of a lossy package as what is to be added to the base's.
 
-    Tensors as in the base are zero. Those that are carried exactly cannot be had without the base: they are left out, and
-    named.
+    Tensors as in the base are zero; integers and flags as in the base are left out, which means the same. Those that are
+    carried exactly cannot be had without the base: refused, and named.
     """
 
     space = "delta"
@@ -51,16 +51,24 @@ class DeltaNode(Node):
         for name, entry in self.package.one().entries.items():
             if entry.lossy and entry.residual is None:
                 made[name] = Decoded(self.package, entry, self)
-            elif entry.same and entry.base is not None and entry.base.name == name and entry.target.dtype.is_float:
-                made[name] = Weighted([], [], entry.target.shape, F32, self)
+            elif entry.same and entry.base is not None and entry.base.name == name:
+                if entry.target.dtype.is_float:  # others: `left_out`
+                    made[name] = Weighted([], [], entry.target.shape, F32, self)
             else:
                 exact.append(name)
         if exact:
+            count = "1 tensor" if len(exact) == 1 else f"{len(exact)} tensors"
             raise self.refuse(
-                f"{self.package.path}: {len(exact)} tensors (`{exact[0]}`, …) are carried exactly and need the base",
-                hint="name it: {source: PACKAGE, base: BASE} in recipes, surgery.open(package, base=...) in Python",
+                f"{self.package.path}: {count} (`{exact[0]}`{', …' if exact[1:] else ''}) carried exactly: that needs the base",
+                hint="name it: {source: PACKAGE, base: BASE} in recipes, surgery.open(package, base=...) in Python; "
+                'or pack with --only "*"',
             )
         return made
+
+    @property
+    def left_out(self) -> set[str]:
+        entries = self.package.one().entries
+        return {n for n, e in entries.items() if e.same and not e.target.dtype.is_float}
 
     @property
     def text(self) -> str:

@@ -321,6 +321,22 @@ def test_a_lossy_package_alone_is_a_delta(made, tmp_path):
     scaled.save(tmp_path / "half")
 
 
+def test_a_delta_alone_leaves_integers_as_they_are(tmp_path):
+    rng = np.random.default_rng(5)
+    old = {"m.weight": rng.standard_normal((8, 64)).astype(np.float32), "m.position_ids": np.arange(7)}
+    new = {**old, "m.weight": old["m.weight"] + rng.standard_normal((8, 64)).astype(np.float32) * np.float32(0.01)}
+    base, tuned = write_checkpoint(tmp_path / "b", old), write_checkpoint(tmp_path / "t", new)
+    alone = surgery.open(bounded(base, tuned, tmp_path / "l.delta.safetensors", bits=2.0))
+    assert list(alone.keys()) == ["m.weight"]
+    (surgery.open(base) + alone).save(tmp_path / "sum")
+    got = read_checkpoint(tmp_path / "sum")
+    assert np.array_equal(got["m.position_ids"], old["m.position_ids"])
+    assert np.array_equal(got["m.weight"], old["m.weight"] + alone["m.weight"].compute().numpy())
+    other = write_checkpoint(tmp_path / "o", {**new, "m.position_ids": np.arange(7) + 1})
+    changed = bounded(base, other, tmp_path / "n.delta.safetensors", bits=2.0)
+    refused(lambda: list(surgery.open(changed).keys()), "m.position_ids", "1 tensor")
+
+
 def test_nan_is_refused_in_lossy_packages(made, tmp_path):
     base, tuned, _ = made
     tensors = {n: v.copy() for n, v in read_checkpoint(tuned).items()}

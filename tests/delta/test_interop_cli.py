@@ -16,6 +16,7 @@ from test_interop_slime import apply_as_slime_does, flat
 
 from surgery.cli.delta_ import command
 from surgery.delta.interop.vllm_patch import load_vllm_patches
+from surgery.errors import Refused
 
 
 def surgery(*args: object) -> str:
@@ -125,3 +126,25 @@ def test_a_lossy_package_is_exported_as_it_is_rebuilt(folder: Path) -> None:
 def test_several_sources_only_for_slime(folder: Path) -> None:
     result = CliRunner().invoke(command, ["import", str(folder), str(folder), "--base", "b", "--from", "lora", "-o", "x"])
     assert result.exit_code != 0 and "takes one source" in str(result.output) + str(result.exception)
+
+
+@pytest.mark.parametrize("kind", ["slime", "vllm-patch", "lora", "hf"])
+def test_an_export_replaces_another_only_when_told(folder: Path, kind: str) -> None:
+    out, package = folder / "out", folder / "p.delta.safetensors"
+    export = ["export", package, "--base", folder / "base", "--to", kind, "-o", out] + (["--rank", 4] if kind == "lora" else [])
+    surgery("delta", *export)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    for path in files:
+        path.write_bytes(b"older")
+    result = CliRunner().invoke(command, [str(a) for a in export])
+    assert isinstance(result.exception, Refused) and "--overwrite" in str(result.exception)
+    assert {path.read_bytes() for path in files} == {b"older"}
+    surgery("delta", *export, "--overwrite")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert {p.name for p in folder.iterdir()} == {"base", "tuned", "p.delta.safetensors", "out"}
+
+
+def test_the_list_of_codecs_needs_no_model() -> None:
+    listed = surgery("delta", "pack", "--codec", "list").splitlines()
+    assert {"dither/1", "sign/1", "lowrank/1"} <= set(listed)

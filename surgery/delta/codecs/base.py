@@ -77,7 +77,8 @@ def lossy_codec(name: str) -> Lossy:
     """The lossy codec called `name` (`dither/1`, or `dither` where only one version is known). Raises Refused."""
     found = [codec for known, codec in LOSSY.items() if name in (known, known.partition("/")[0])]
     if len(found) != 1:
-        raise Refused(f"there is no lossy codec `{name}`", hint=did_you_mean(name, LOSSY))
+        near = did_you_mean(name, [known.partition("/")[0] for known in LOSSY])
+        raise Refused(f"there is no lossy codec `{name}`", hint=near or "`surgery delta pack --codec list` names them")
     return found[0]
 
 

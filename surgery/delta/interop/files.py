@@ -118,17 +118,24 @@ def check_same_tensors(base: Values, target: Values, what: str) -> None:
 
 
 @contextmanager
-def appearing(out: str | Path) -> Iterator[Path]:
-    """A folder to fill; renamed to `out` when the block ends well, removed otherwise. Raises Refused if `out` exists."""
+def appearing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; renamed to `out` when the block ends well, removed otherwise. Raises Refused if `out` exists, unless
+    it is a folder and to be replaced."""
     final = Path(out)
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise Refused(f"{final}: already exists", hint="choose another output, or remove it")
+    if final.exists() and not (final.is_dir() and (overwrite or not any(final.iterdir()))):
+        hint = "choose another -o" + (", or --overwrite to replace it whole" if final.is_dir() else "")
+        raise Refused(f"{final}: already exists", hint=hint)
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        old = final.with_name(final.name + ".replaced")
+        if overwrite and final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

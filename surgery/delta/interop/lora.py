@@ -32,12 +32,13 @@ def export_lora(
     rank: int | None = None,
     bits: float | None = None,
     base_name: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Fit an adapter that leads from `base` towards `target` and write it as a new folder. Returns a report.
 
     rank, or bits per element of a matrix at most: one of them. base_name: what adapter_config.json calls the base (default its
-    location). The report has, per matrix, rank and error as the codec states them. Raises Refused for tensors that are new,
-    dropped, resized or retyped.
+    location). overwrite: replace what is there. The report has, per matrix, rank and error as the codec states them. Raises
+    Refused for tensors that are new, dropped, resized or retyped.
     """
     coded: dict[str, Coded] = {}
     changed: list[str] = []
@@ -50,7 +51,7 @@ def export_lora(
             if _is_linear(name, stored.shape) and stored.dtype.is_float:
                 delta = new.floats(name) - old.floats(name)
                 coded[name] = LowRank().encode(delta, key=name, rank=rank, bits=bits, factors="float16")
-        return _write(coded, changed, new, base_name or old.location, out)
+        return _write(coded, changed, new, base_name or old.location, out, overwrite)
 
 
 def export_lora_coded(
@@ -61,7 +62,14 @@ def export_lora_coded(
         return _write(coded, changed, values, base_name, out)
 
 
-def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_name: str, out: str | Path) -> dict[str, Any]:
+def _write(
+    coded: Mapping[str, Coded],
+    changed: list[str],
+    target: Values,
+    base_name: str,
+    out: str | Path,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     model_type = (target.config or {}).get("model_type")
     turned = model_type in _STORED_IN_OUT
     pairs: dict[str, tuple[Array, Array]] = {}
@@ -109,7 +117,7 @@ def _write(coded: Mapping[str, Coded], changed: list[str], target: Values, base_
         "use_rslora": False,
         "use_dora": False,
     }
-    with appearing(out) as room:
+    with appearing(out, overwrite=overwrite) as room:
         tensors.sort(key=lambda t: t[1] != "F32")
         write_safetensors(room / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(room / "adapter_config.json", config)

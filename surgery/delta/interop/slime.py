@@ -57,12 +57,19 @@ def checksum(kind: str) -> Callable[[Any], str]:
 
 
 def export_slime(
-    base: Model, target: Model, out: str | Path, *, version: int, encoding: str = "xor", checksums: str = "xxh3-128"
+    base: Model,
+    target: Model,
+    out: str | Path,
+    *,
+    version: int,
+    encoding: str = "xor",
+    checksums: str = "xxh3-128",
+    overwrite: bool = False,
 ) -> Path:
     """Write one version that leads from `base` (version - 1) to `target`. Returns the folder `out/weight_vNNNNNN`.
 
-    Raises Refused for tensors that are new, dropped, resized or retyped, for `overwrite` of a tensor of 4 GiB and more, and if
-    the folder exists.
+    Raises Refused for tensors that are new, dropped, resized or retyped, for encoding `overwrite` of a tensor of 4 GiB and
+    more, and if the folder exists, unless it is to be replaced (`overwrite`).
     """
     if encoding not in ENCODINGS:
         raise Refused(f"unknown delta encoding `{encoding}`", hint=did_you_mean(encoding, ENCODINGS))
@@ -70,7 +77,7 @@ def export_slime(
         raise Refused(f"version {version}: slime counts from 000001 to 999999")
     digest_of = checksum(checksums)
     folder = Path(out) / f"weight_v{version:06}"
-    with appearing(folder) as room, Values(base) as old, Values(target) as new:
+    with appearing(folder, overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
         shards = Shards(room, _SHARD)
         for change in changes(old, new, "a slime delta"):
             payload = zstandard.ZstdCompressor(level=1).compress(_encoded(change.name, change.base, change.target, encoding))

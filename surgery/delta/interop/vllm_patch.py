@@ -36,7 +36,7 @@ from surgery.errors import Refused
 FORMAT = "vllm-checkpoint-patch/1"
 
 
-def export_vllm_patch(base: Model, target: Model, out: str | Path) -> dict[str, int]:
+def export_vllm_patch(base: Model, target: Model, out: str | Path, *, overwrite: bool = False) -> dict[str, int]:
     """Write the patches that lead from `base` to `target` as a new folder. Returns counts of patches, elements and bytes.
 
     Elements count as changed where their bits differ. A tensor is replaced whole where that is smaller, and where it is not
@@ -45,7 +45,7 @@ def export_vllm_patch(base: Model, target: Model, out: str | Path) -> dict[str, 
     """
     made: list[tuple[str, str, list[int], bytes]] = []
     listed: list[dict[str, Any]] = []
-    with appearing(out) as room, Values(base) as old, Values(target) as new:
+    with appearing(out, overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
         for change in changes(old, new, "a vLLM patch"):
             stored, size = change.stored, change.stored.dtype.size
             at = np.flatnonzero((change.base != change.target).reshape(-1, size).any(axis=1))
