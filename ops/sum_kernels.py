@@ -1,8 +1,8 @@
-"""Weighted sums and inner products of stored bfloat16 tensors, compiled by numba. Import where `surgery.ops.fast.kernels()` is
-not None.
+"""Weighted sums of bfloat16 and of float32 tensors, and inner products of bfloat16 ones, compiled by numba. Import where
+`surgery.ops.fast.kernels()` is not None.
 
 Tensors are given by address and read where they lie, a few kilobytes of each at a time; nothing is decoded into memory. The
-same bits as the numpy counterparts in `surgery.engine.evaluate` and `surgery.ops.statistics`.
+same bits as the numpy counterparts in `surgery.engine.evaluate`, `surgery.lab.direct` and `surgery.ops.statistics`.
 """
 # mypy: ignore-errors
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from surgery.ops.kernels import _bits_of, _float_of, _halves, _jit, _pointer_u16, decode_bf16, encode_bf16
+from surgery.ops.kernels import _bits_of, _float_of, _halves, _jit, _pointer_f32, _pointer_u16, decode_bf16, encode_bf16
 
 _STEP = 4096  # elements at a time: float32 scratch of this length stays in the first-level cache
 _LANES = 64
@@ -164,6 +164,66 @@ def weighted_bf16(addresses: Any, count: int, coefs: Any, anchored: bool, out: A
         if _round(total, made) >= np.uint16(0x7F80):
             sound = encode_bf16(total, made) and sound  # rare: what is not finite has to look as it does everywhere
     return sound
+
+
+# -- sums of float32 -----------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _wide(address, count, start, n):
+    return carray(_pointer_f32(address), count)[start : start + n]
+
+
+@_jit
+def _one_wide(x, c, total) -> None:
+    for i in range(total.size):
+        total[i] = x[i] * c
+
+
+@_jit
+def _two_wide(x, y, cx, cy, total) -> None:
+    for i in range(total.size):
+        total[i] = x[i] * cx + y[i] * cy
+
+
+@_jit
+def _three_wide(x, y, z, cx, cy, cz, total) -> None:
+    for i in range(total.size):
+        total[i] = (x[i] * cx + y[i] * cy) + z[i] * cz
+
+
+@_jit
+def _more_wide(x, c, total) -> None:
+    for i in range(total.size):
+        total[i] += x[i] * c
+
+
+@_jit
+def weighted_f32(addresses: Any, count: int, coefs: Any, out: Any) -> bool:
+    """sum_k coefs[k] x_k of float32 tensors in the order given, into `out` (float32); True if all results are finite.
+
+    A coefficient of 1 or -1 is a factor like any other: such products are exact.
+    """
+    top, k = np.uint32(0), addresses.size
+    for start in range(0, count, _STEP):
+        n = min(_STEP, count - start)
+        total = out[start : start + n]
+        x = _wide(addresses[0], count, start, n)
+        done = 1
+        if k == 1:
+            _one_wide(x, coefs[0], total)
+        elif k == 2:
+            _two_wide(x, _wide(addresses[1], count, start, n), coefs[0], coefs[1], total)
+            done = 2
+        else:
+            y, z = _wide(addresses[1], count, start, n), _wide(addresses[2], count, start, n)
+            _three_wide(x, y, z, coefs[0], coefs[1], coefs[2], total)
+            done = 3
+        for j in range(done, k):
+            _more_wide(_wide(addresses[j], count, start, n), coefs[j], total)
+        for i in range(n):
+            top = max(top, _bits_of(total[i]) & np.uint32(0x7FFFFFFF))
+    return top < np.uint32(0x7F800000)
 
 
 # -- inner products ------------------------------------------------------------------------------------------------------------

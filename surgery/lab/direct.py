@@ -20,6 +20,7 @@ from surgery.engine.plan import Program
 from surgery.engine.terms import combination, ordered
 from surgery.graph.expr import Applied, Read, Weighted
 from surgery.lab.room import RoomReader
+from surgery.ops.fast import addresses, kernels
 
 _BLOCK = 1 << 18  # elements: output and scratch stay in cache; smaller ones are done sooner than threads can take turns
 _TASK = 1 << 20  # elements that a worker takes at a time
@@ -38,9 +39,20 @@ class DirectPhase(Phase):
 
     def do(self, evaluator: Evaluator, task: int) -> int:
         stop = min((task + 1) * _TASK, len(self._out))
+        compiled = kernels("sum_kernels")
+        if compiled is None:
+            self._in_blocks(task * _TASK, stop)
+        else:
+            parts = [a[task * _TASK : stop] for _, a in self._terms]
+            coefs = np.array([c for c, _ in self._terms], np.float32)
+            if not compiled.weighted_f32(addresses(parts), len(parts[0]), coefs, self._out[task * _TASK : stop]):
+                self._sound = False
+        return (stop - task * _TASK) * 4 * (len(self._terms) + 1)
+
+    def _in_blocks(self, start: int, stop: int) -> None:
         scratch = np.empty(_BLOCK, np.float32)
         with np.errstate(all="ignore"):
-            for a in range(task * _TASK, stop, _BLOCK):
+            for a in range(start, stop, _BLOCK):
                 b = min(a + _BLOCK, stop)
                 out, spare = self._out[a:b], scratch[: b - a]
                 (first, x), *rest = self._terms
@@ -57,7 +69,6 @@ class DirectPhase(Phase):
                         np.add(out, np.multiply(x[a:b], c, out=spare), out=out)
                 if not (math.isfinite(out.max(initial=0.0)) and math.isfinite(out.min(initial=0.0))):
                     self._sound = False
-        return (stop - task * _TASK) * 4 * (len(self._terms) + 1)
 
     def conclude(self) -> Phase | None:
         if not self._sound:

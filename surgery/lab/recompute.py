@@ -24,6 +24,7 @@ from surgery.graph.expr import Applied, Derived, Expr, Mapped, Measure, Rounded
 from surgery.lab.direct import direct
 from surgery.lab.room import Room, RoomEvaluator, RoomReader
 from surgery.lab.token import Tokens
+from surgery.ops import fast
 
 Array = NDArray[Any]
 _COSTLY = (Applied, Derived, Mapped, Rounded)
@@ -58,6 +59,7 @@ class Recomputer:
         self._reader = RoomReader(room)
         self._statistics: dict[str, Any] = {}
         self._claimed: set[str] = set()
+        self._filled = 0
         self._seen: set[str] = set()  # tokens of what went into the plan before
 
     def fill(
@@ -75,6 +77,9 @@ class Recomputer:
         Raises Refused for values that are not finite, and for tensors declared equal that are not.
         """
         self._room.next_trial()
+        self._filled += 1
+        if self._filled > 1:
+            fast.load()  # half a second, for trials to come
         self._reader.expect(plan.files)
         tokens = Tokens()
         wanted = [p for p in plan.programs if p.name in names]

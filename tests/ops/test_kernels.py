@@ -190,6 +190,25 @@ def test_weighted_sums_where_they_are_stored(count, inputs, anchored):
     assert not np.isfinite(out.view(ml_dtypes.bfloat16)[count // 2].astype(np.float32))
 
 
+@pytest.mark.parametrize("count", [0, 1, 100, 4096, 4097, 30_000])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 7])
+def test_weighted_sums_of_float32(count, inputs):
+    from surgery.ops.sum_kernels import weighted_f32
+
+    x = [floats(count, 2.0) for _ in range(inputs)]
+    coefs = np.array([1, -1, 0.3, -2.5, 1, 0.1, 3][:inputs], np.float32)
+    total = x[0].copy()
+    for value, coef in zip(x[1:], coefs[1:], strict=True):
+        total = total - value if coef == -1 else total + value * coef
+    out = np.empty(count, np.float32)
+    assert weighted_f32(fast.addresses(x), count, coefs, out)
+    assert np.array_equal(out.view(np.uint32), total.view(np.uint32))
+    for bad in (np.nan, np.inf, -np.inf):
+        if count:
+            x[-1][count // 2] = bad
+            assert not weighted_f32(fast.addresses(x), count, coefs, out)
+
+
 @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 12_288, 20_001])
 def test_inner_products_where_they_are_stored(count):
     stored = [floats(count, s).astype(ml_dtypes.bfloat16) for s in (0.1, 1.0, 3.0, 0.5)]
