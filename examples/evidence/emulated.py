@@ -18,7 +18,8 @@ SOURCE = (
 )
 RIG = "digits"
 TARGETS = ("rot90", "inv")
-# The small model is trained and fine-tuned with four times the learning rate: narrow networks need more.
+# The small model gets higher learning rates, and is fine-tuned until it is sure of its answers: narrow networks need more, and
+# what is added to the large one's logits grows with that. (200 steps at 2e-3, to .97, close two thirds of the gap.)
 SMALL = {"width": 32, "hidden": 64, "depth": 2}
 CLAIMS = [
     Claim(
@@ -50,7 +51,7 @@ def measure(rig: Digits) -> Figures:
     small = rig.pretrained("small", sizes=SMALL, lr=4e-3)
     rows = []
     for d in TARGETS:
-        tuned, small_tuned = rig.tuned(d), rig.tuned(f"small-{d}", d, start=small, lr=2e-3)
+        tuned, small_tuned = rig.tuned(d), rig.tuned(f"small-{d}", d, start=small, lr=5e-3, steps=400)
         models = {
             "base": rig.base,
             "tuned": tuned,
