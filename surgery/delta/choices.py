@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.codecs.base import check_options, lossy_codec
 from surgery.delta.lossy.common import rows_of
-from surgery.delta.pack import Choose
+from surgery.delta.pack import Choose, pack
 from surgery.delta.rebuild import stored_tensors
 from surgery.delta.reference import Array
 from surgery.errors import Refused
+from surgery.graph.edit import SelectNode
 from surgery.graph.node import Node
 from surgery.graph.values import matches
 
+_LISTED = 600  # bytes that the header takes for a tensor's parts, beside what `allocate` sets aside for the manifest
 DEFAULT, CALIBRATED = "dither", "round"  # what codes where no codec is named, without and with calibration data
 
 
@@ -39,12 +43,15 @@ def automatic(
 ) -> Choose:
     """One budget spent over all chosen tensors. Deltas are read once, one tensor at a time.
 
+    size: bytes of the whole package, what is carried exactly with it. Raises Refused where that alone takes more.
     weights: names -> factors on tensors' squared errors, from what is known of their inputs; codes are fitted to those then.
     """
     from surgery.delta.deltas import Deltas
     from surgery.delta.lossy.auto import allocate
 
     chosen = _chosen(model, only)
+    if size is not None:
+        size -= _carried(base, model, chosen, size) + _LISTED * len(chosen)
     with Deltas(base, model) as deltas:
         providers: dict[str, Callable[[], Array]] = {n: partial(deltas.delta, n) for n in deltas if n in chosen}
         factors = None if weights is None else weights(set(providers))
@@ -53,6 +60,21 @@ def automatic(
     table = {name: (lossy_codec(c.codec), dict(c.options)) for name, c in found.choices.items() if c.codec is not None}
     table = {name: (codec, check_options(codec, options)) for name, (codec, options) in table.items()}
     return lambda tensor: table.get(tensor.name)
+
+
+def _carried(base: Node, model: Node, chosen: set[str], size: int) -> int:
+    """Bytes of a package of everything but the tensors `chosen`: made, and thrown away. Raises Refused above `size`."""
+    rest = [name for name in stored_tensors(model) if name not in chosen]
+    if not rest:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="surgery-") as room:
+        held = pack(base, SelectNode(model, rest), Path(room) / "rest.delta.safetensors").size
+    if held >= size:
+        raise Refused(
+            f"--size {size}: the {len(rest)} tensors that are carried exactly take {held} bytes",
+            hint='`--only "*"` codes them with losses too; or give more',
+        )
+    return held
 
 
 FIRST = ("svd_wf", 0.5)  # a layer before exact ones that makes many fine-tunes smaller, and its bits per weight

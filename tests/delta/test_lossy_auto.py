@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from helpers import write_checkpoint
 from test_lossy_codecs import heavy, whole
 
+from surgery.delta.choices import automatic
 from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.lossy.auto import Allocation, allocate
+from surgery.delta.pack import pack
 from surgery.errors import Refused
+from surgery.inputs import open_node
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +139,18 @@ def test_one_budget(tensors: dict[str, np.ndarray], budget: dict) -> None:
 def test_too_small(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(Refused, match="too small: these tensors need at least"):
         allocate(tensors, size=1000)
+
+
+def test_a_size_is_of_the_whole_package(tmp_path: Path) -> None:
+    """What is carried exactly (here embeddings, larger than all matrices) counts, and alone can be too much."""
+    rng = np.random.default_rng(3)
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (256, 128) for i in range(2)} | {"model.embed_tokens.weight": (900, 64)}
+    base = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    tuned = {n: v + rng.standard_normal(v.shape).astype(np.float32) * np.float32(0.01) for n, v in base.items()}
+    old, new = (open_node(str(write_checkpoint(tmp_path / n, t))) for n, t in (("base", base), ("tuned", tuned)))
+    for size in (190_000, 220_000):
+        choose = automatic(old, new, only=[], size=size)
+        made = pack(old, new, tmp_path / f"{size}.delta.safetensors", choose=choose)
+        assert made.counts["lossy"] == 2 and 0.9 * size <= made.path.stat().st_size <= size
+    with pytest.raises(Refused, match="carried exactly"):
+        automatic(old, new, only=[], size=50_000)
