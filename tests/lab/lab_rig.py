@@ -7,12 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 WIDTH, HIDDEN, DEPTH = 48, 96, 4
+MERGE = """models: {base: base, rot90: rot90, inv: inv}
+steps:
+  a: {op: diff, of: [rot90, base]}
+  b: {op: diff, of: [inv, base]}
+  t: {op: add, of: [a, b]}
+  merged: {op: add, of: [base, t], weight: 1.0}
+output: {from: merged}
+"""
 BUILD = """
 import sys
 sys.path.insert(0, {here!r})
@@ -148,3 +156,16 @@ def language_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
 def jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+def accuracy_by_hand(work: Path, weights: dict[str, torch.Tensor], domain: str, split: str) -> float:
+    model = Net()
+    model.load_state_dict(weights)
+    data = np.load(work / "data" / f"{domain}-{split}.npz")
+    with torch.inference_mode():
+        said = model(torch.from_numpy(data["images"])).argmax(1).numpy()
+    return float((said == data["labels"]).mean())
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
