@@ -6,13 +6,12 @@ that is removed when the process ends.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
 from surgery.checkpoint.files import MAX_TEXT, PICKLED, SIDECARS, Located, from_directory, parse_index
+from surgery.checkpoint.scratch import scratch_folder
 from surgery.errors import Refused
 from surgery.remote.address import STORES, WEB, Address, parse
 from surgery.remote.file import RemoteFile, in_parallel
@@ -209,16 +208,11 @@ def _text(content: bytes, index: str) -> str:
         raise Refused(f"{index}: not an index file (it is not text)") from None
 
 
-@cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="surgery-")
-
-
 def _kept(files: dict[str, bytes]) -> Path | None:
     """A folder with these files, for as long as the process lives; None if there are none."""
     if not files:
         return None
-    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+    folder = scratch_folder()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder

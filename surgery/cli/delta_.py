@@ -49,7 +49,7 @@ def command() -> None:
     help="Lossy codec, or `auto`; `--codec list` names them with their options.",
 )
 @click.option("--bits", type=float, help="Lossy: bits per weight.")
-@click.option("--size", help="Lossy: bytes to spend on all tensors together, like 200MB.")
+@click.option("--size", help="Lossy: bytes of the whole package, like 200MB, shared out over its tensors.")
 @click.option("--max-error", type=float, help="Lossy: largest absolute error of any weight.")
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option of the codec. Repeatable.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Lossy: tensors to code so; default the matrices inside blocks.")
@@ -90,7 +90,7 @@ def pack_(base: str, model: str, out: str, quiet: bool, **how: Any) -> None:
     where = {k: how.pop(k) for k in ("overwrite", "threads", "memory", "shard_size", "progressive", "smallest")}
     shown = not quiet and sys.stderr.isatty()
     how |= {k: where[k] for k in ("smallest", "memory")}
-    with chosen(below, above, how, data, quiet) as (choose, witness), bar(2 * total, show=shown) as advance:
+    with chosen(below, above, how, data, quiet, codec) as (choose, witness), bar(2 * total, show=shown) as advance:
         made = pack(
             below, above, out, codec=codec, choose=choose, judge=witness, progress=advance, **where,
         )  # fmt: skip

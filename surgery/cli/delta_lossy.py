@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.delta.calibration.session import Witness
+    from surgery.delta.codecs.exact import Exact
     from surgery.delta.pack import Choose
     from surgery.graph.node import Node
 
 
 @contextmanager
 def chosen(
-    base: Node, model: Node, how: Mapping[str, Any], data: Mapping[str, Any], quiet: bool
+    base: Node, model: Node, how: Mapping[str, Any], data: Mapping[str, Any], quiet: bool, plain: Exact
 ) -> Iterator[tuple[Choose | None, Witness | None]]:
-    """(what is coded how, what looks on while it is written). data: calib, probe, repair, samples, length."""
+    """(what is coded how, what looks on while it is written). data: calib, probe, repair, samples, length. plain: the codec of
+    what is carried exactly."""
     from surgery.errors import Refused
 
     calib, probe, memory, smallest = data["calib"], data["probe"], how["memory"], how["smallest"]
@@ -29,7 +31,7 @@ def chosen(
     if calib is None and probe is None:
         if data["repair"]:
             raise Refused("--repair is trained on texts", hint="name them with --calib")
-        yield _choose(base, model, **how), None
+        yield _choose(base, model, plain, **how), None
         return
     lossy = any(how[k] is not None for k in ("codec", "bits", "size", "max_error"))
     if how["exact"] or not lossy:
@@ -43,7 +45,7 @@ def chosen(
     given = {k: data[k] for k in ("samples", "length")}
     with calibration(base, model, calib, repair=data["repair"] or 0, step=steps(show=not quiet), **given) as session:
         fitted = None
-        choose = _choose(base, model, weights=session.weights if calib else None, **how)
+        choose = _choose(base, model, plain, weights=session.weights if calib else None, **how)
         if calib is not None:
             assert choose is not None
             fitted = session.fit(choose)
@@ -62,6 +64,7 @@ def _smallest(model: Node, memory: str | None) -> Choose:
 def _choose(
     base: Node,
     model: Node,
+    plain: Exact,
     *,
     exact: bool,
     codec: str | None,
@@ -91,7 +94,9 @@ def _choose(
         if parsed:
             raise Refused("--set goes with a --codec by name")
         amount = None if size is None else parse_size(size)
-        return choices.automatic(base, model, bits=bits, size=amount, max_error=max_error, only=only, weights=weights)
+        return choices.automatic(
+            base, model, bits=bits, size=amount, max_error=max_error, only=only, weights=weights, exact=plain
+        )
     if size is not None:
         raise Refused("--size is shared out by `--codec auto`", hint="leave --codec out, or give --bits")
     budget = {k: budgets[k] for k in given}

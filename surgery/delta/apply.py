@@ -19,6 +19,7 @@ from surgery.checkpoint.source import FileState, Source
 from surgery.checkpoint.writer import Writer
 from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
+from surgery.delta.places import places
 from surgery.delta.rebuild import PackageNode, Rebuilt
 from surgery.engine.evaluate import Evaluator
 from surgery.engine.execute import Executor, Job
@@ -65,7 +66,7 @@ def apply(
     final = Path(out)
     if resume and settle(final, _token(node)):
         return Applied(final, len(node.tensors), len(node.tensors), layout.size, time.perf_counter() - began)
-    target = Output(final, _inputs(node), resume=resume, overwrite=overwrite)
+    target = Output(final, places(node), resume=resume, overwrite=overwrite)
     going_on = target.claim(_token(node), resume=resume)
     try:
         target.check_space(layout.size + sum(map(len, side.values())))
@@ -188,19 +189,6 @@ def _sources(node: PackageNode) -> list[Source]:
 def _files(node: PackageNode) -> dict[str, FileState]:
     return {path: state for source in _sources(node) for path, state in source.files.items()}
 
-
-def _inputs(node: PackageNode) -> list[Path]:
-    """What the output must not touch: the packages, and the files and folders that the base is read from."""
-    made: list[Path] = []
-    below = node
-    while isinstance(below, PackageNode):
-        made += map(Path, (below.package.path, *below.package.files))
-        below = below.inputs[0]  # type: ignore[assignment]
-    for source in _sources(node):
-        file = Path(next(iter(source.files)))
-        bare = len(source.files) == 1 and Path(source.location).expanduser() == file
-        made.append(file if bare or source.directory is None else source.directory)
-    return made
 
 
 def _token(node: PackageNode) -> str:

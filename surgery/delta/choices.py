@@ -10,6 +10,7 @@ from typing import Any
 
 from surgery.delta import lossy  # noqa: F401  registers the codecs
 from surgery.delta.codecs.base import check_options, lossy_codec
+from surgery.delta.codecs.exact import ULP, Exact
 from surgery.delta.lossy.common import rows_of
 from surgery.delta.pack import Choose, pack
 from surgery.delta.rebuild import stored_tensors
@@ -40,10 +41,12 @@ def automatic(
     size: int | None = None,
     max_error: float | None = None,
     weights: Callable[[set[str]], Mapping[str, float]] | None = None,
+    exact: Exact = ULP,
 ) -> Choose:
     """One budget spent over all chosen tensors. Deltas are read once, one tensor at a time.
 
-    size: bytes of the whole package, what is carried exactly with it. Raises Refused where that alone takes more.
+    size: bytes of the whole package, what is carried exactly (by the codec `exact`) with it. Raises Refused where that alone
+    takes more.
     weights: names -> factors on tensors' squared errors, from what is known of their inputs; codes are fitted to those then.
     """
     from surgery.delta.deltas import Deltas
@@ -51,7 +54,7 @@ def automatic(
 
     chosen = _chosen(model, only)
     if size is not None:
-        size -= _carried(base, model, chosen, size) + _LISTED * len(chosen)
+        size -= _carried(base, model, chosen, size, exact) + _LISTED * len(chosen)
     with Deltas(base, model) as deltas:
         providers: dict[str, Callable[[], Array]] = {n: partial(deltas.delta, n) for n in deltas if n in chosen}
         factors = None if weights is None else weights(set(providers))
@@ -62,13 +65,13 @@ def automatic(
     return lambda tensor: table.get(tensor.name)
 
 
-def _carried(base: Node, model: Node, chosen: set[str], size: int) -> int:
+def _carried(base: Node, model: Node, chosen: set[str], size: int, exact: Exact) -> int:
     """Bytes of a package of everything but the tensors `chosen`: made, and thrown away. Raises Refused above `size`."""
     rest = [name for name in stored_tensors(model) if name not in chosen]
     if not rest:
         return 0
     with tempfile.TemporaryDirectory(prefix="surgery-") as room:
-        held = pack(base, SelectNode(model, rest), Path(room) / "rest.delta.safetensors").size
+        held = pack(base, SelectNode(model, rest), Path(room) / "rest.delta.safetensors", codec=exact).size
     if held >= size:
         raise Refused(
             f"--size {size}: the {len(rest)} tensors that are carried exactly take {held} bytes",

@@ -37,15 +37,11 @@ class Program:
     wide: bool  # float64 arithmetic
     whole: bool  # needs the whole tensor at once
     shared: frozenset[int]  # expressions used more than once: kept while a piece is computed
+    below: tuple[Expr, ...]  # every expression that it is made of, arguments first, each once
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.expr.shape
-
-    @cached_property
-    def below(self) -> tuple[Expr, ...]:
-        """Every expression that it is made of, arguments first, each once."""
-        return tuple(walk([self.expr]))
 
     @property
     def read(self) -> int:
@@ -217,9 +213,7 @@ def program_of(name: str, expr: Expr, dtype: DType | None, settings: Settings) -
     wide, whole, shared = _traits([expr], below)
     measures = tuple(e.measure for e in below if isinstance(e, Applied) and e.measure is not None)
     out = dtype if dtype is not None and expr.dtype.is_float else expr.dtype
-    made = Program(name, expr, out, measures, wide or settings.precision == "float64", whole, shared)
-    made.__dict__["below"] = below
-    return made
+    return Program(name, expr, out, measures, wide or settings.precision == "float64", whole, shared, below)
 
 
 def _without(program: Program, early: set[int]) -> Program:

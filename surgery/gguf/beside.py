@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from surgery.checkpoint.scratch import scratch_folder
 from surgery.errors import Refused
 
 
 @cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="surgery-")
-
-
-@cache
-def unpacked(path: Path, size: int, changed: int, dtype: str, sizes: tuple[tuple[str, int], ...]) -> tuple[Path, str | None]:
+def unpacked(path: Path, size: int, changed: int, dtype: str, shown: tuple[tuple[str, int], ...]) -> tuple[Path, str | None]:
     """(a folder with config.json and the tokenizer, what became of the tokenizer if it could not be had).
 
-    The folder is removed when the process ends. size, changed: of the file, so that another one is read again. sizes: keys
+    The folder is removed when the process ends. size, changed: of the file, so that another one is read again. shown: keys
     of the config with values that the tensors show, or that transformers does not take over. Raises Refused.
     """
-    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+    folder = scratch_folder()
     with _quiet():
-        _config(path, dtype, sizes, folder)
+        _config(path, dtype, shown, folder)
         try:
             _tokenizer(path, folder)
         except Exception as problem:
@@ -33,7 +28,7 @@ def unpacked(path: Path, size: int, changed: int, dtype: str, sizes: tuple[tuple
     return folder, None
 
 
-def _config(path: Path, dtype: str, sizes: tuple[tuple[str, int], ...], folder: Path) -> None:
+def _config(path: Path, dtype: str, shown: tuple[tuple[str, int], ...], folder: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -45,7 +40,7 @@ def _config(path: Path, dtype: str, sizes: tuple[tuple[str, int], ...], folder: 
     if name is not None:
         config.architectures = [name]
     config.dtype = dtype
-    for key, value in sizes:
+    for key, value in shown:
         if hasattr(config, key):
             setattr(config, key, value)
     pad = getattr(config, "pad_token_id", None)

@@ -22,6 +22,12 @@ _AXES = 4  # at most, of a tensor
 _MOST, _STEP = 100_000_000, 1 << 22  # bytes: of a header, and read at a time
 
 
+class Many(NamedTuple):
+    """An array among the metadata, of which only the length is kept."""
+
+    length: int
+
+
 class Lying(NamedTuple):
     """A tensor in the file. shape: outermost axis first. kind: GGML's number of its type. offset: in the file, in bytes."""
 
@@ -32,7 +38,7 @@ class Lying(NamedTuple):
 
 
 class Header(NamedTuple):
-    """metadata: key -> value, of an array its length, which is all that is needed. digest: SHA-256 of the header's bytes."""
+    """metadata: key -> value; arrays are `Many`. digest: SHA-256 of the header's bytes."""
 
     path: Path
     metadata: dict[str, Any]
@@ -85,7 +91,7 @@ class _Cursor:
                 self.skip(self.number("Q"))
         else:
             self.skip(count * struct.calcsize("<" + _NUMBERS[inner]))
-        return count
+        return Many(count)
 
 
 def read_header(path: Path) -> Header:
@@ -97,7 +103,7 @@ def read_header(path: Path) -> Header:
         except _Short:
             raise Refused(f"{path}: ends within its header", hint="the download is not complete") from None
         except KeyError as problem:
-            raise Refused(f"{path}: has a value of type {problem}; GGUF has no such type", hint="get the file again") from None
+            raise Refused(f"{path}: has a value of type {problem}, which is not known", hint="get the file again") from None
         except UnicodeDecodeError:
             raise Refused(f"{path}: a name in its header is not UTF-8", hint="get the file again") from None
 
@@ -131,8 +137,10 @@ def _parsed(path: Path, cursor: _Cursor, size: int) -> Header:
 
 def _tensor(path: Path, cursor: _Cursor) -> Lying:
     name, axes = cursor.text(), cursor.number("I")
-    if axes > _AXES:
-        raise Refused(f"{path}: `{name}` has {axes} axes; GGUF has at most {_AXES}", hint="get the file again")
+    if not name.isprintable():
+        raise Refused(f"{path}: a tensor is called {name!a}", hint="do not use this file")
+    if not 1 <= axes <= _AXES:
+        raise Refused(f"{path}: `{name}` has {axes} axes; GGUF has 1 to {_AXES}", hint="get the file again")
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     if prod(shape) >= 2**62:
         raise Refused(f"{path}: `{name}` has shape {list(shape)}", hint="get the file again")

@@ -20,7 +20,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.checkpoint.ties import declared_ties
 from surgery.errors import Refused, did_you_mean
 from surgery.gguf.beside import unpacked
-from surgery.gguf.header import Header, Lying, read_header
+from surgery.gguf.header import Header, Lying, Many, read_header
 from surgery.gguf.names import FAMILIES, computed, named
 from surgery.gguf.values import Packing, Unpacked
 from surgery.graph.expr import Expr, Read
@@ -29,6 +29,7 @@ from surgery.graph.node import SourceNode
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16", 28: "F64"}
 _BYTES = BY_NAME["U8"]
+_EXPERTS = 1 << 14  # more than any model has in a layer
 
 
 class GgufNode(SourceNode):
@@ -137,7 +138,9 @@ def _parts(path: Path) -> list[Path]:
     if split is None:
         return [path]
     stem, _, count = split.groups()
-    parts = [path.with_name(f"{stem}-{i + 1:05d}-of-{count}.gguf") for i in range(min(int(count), 10_000))]
+    parts = [path.with_name(f"{stem}-{i + 1:05d}-of-{count}.gguf") for i in range(int(count))]
+    if path not in parts:
+        raise Refused(f"{path}: by its name a part of {int(count)}, and none of them", hint="give it the name that it had")
     missing = next((p for p in parts if not p.is_file()), None)
     if missing is not None:
         raise Refused(f"{missing}: missing; {path.name} is one of {int(count)}", hint="the download is not complete")
@@ -154,6 +157,9 @@ def _opened(location: str, headers: list[Header], label: str, where: Mapping[str
         )
     if arch == "llama" and first.metadata.get("llama.expert_count"):
         raise Refused(f"{first.path}: a GGUF file of a mixture of llama experts", hint="use the model it was made from")
+    if any(isinstance(first.metadata.get(f"{arch}.attention.{key}"), Many) for key in ("head_count", "head_count_kv")):
+        hint = "use the model it was made from"
+        raise Refused(f"{first.path}: gives every block its own number of heads, which is not known here", hint=hint)
     tensors: dict[str, Stored] = {}
     for header in headers:
         for lying in header.tensors:
@@ -165,24 +171,25 @@ def _opened(location: str, headers: list[Header], label: str, where: Mapping[str
     kept = next((t.dtype for t in tensors.values() if t.dtype.size == 2), None)
     dtype = BF16 if any(t.dtype is _BYTES for t in tensors.values()) else kept or BY_NAME["F32"]
     state = FileState.of(first.path)
-    folder, said = unpacked(first.path.resolve(), state.size, state.mtime_ns, dtype.torch, _sizes(headers, arch))
+    folder, said = unpacked(first.path.resolve(), state.size, state.mtime_ns, dtype.torch, _shown(headers, arch))
     digest = hashlib.sha256("".join(f"{h.digest}{h.size}" for h in headers).encode()).hexdigest()
     files = {str(h.path): FileState.of(h.path) for h in headers}
     return GgufNode(Source(location, label, folder, tensors, files, digest), headers, said, label, where)
 
 
-def _sizes(headers: list[Header], arch: str) -> tuple[tuple[str, int], ...]:
-    """What a config says of sizes, as the tensors show them; transformers takes not all of it from the metadata."""
+def _shown(headers: list[Header], arch: str) -> tuple[tuple[str, int], ...]:
+    """What a config says, as the tensors show it: transformers takes not all of it from the metadata, and looks at one part of
+    a split file alone."""
     shapes = {t.name: t.shape for h in headers for t in h.tensors}
-    shown = {
+    sizes = {
         "vocab_size": shapes.get("token_embd.weight", ())[:1],
         "num_experts": shapes.get("blk.0.ffn_gate_exps.weight", ())[:1],
         "moe_intermediate_size": shapes.get("blk.0.ffn_gate_exps.weight", ())[1:2],
         "shared_expert_intermediate_size": shapes.get("blk.0.ffn_gate_shexp.weight", ())[:1],
     }
     head = headers[0].metadata.get(f"{arch}.attention.key_length")
-    known = {key: size[0] for key, size in shown.items() if size} | ({"head_dim": head} if isinstance(head, int) else {})
-    return tuple(known.items())
+    known = {key: size[0] for key, size in sizes.items() if size} | ({"head_dim": head} if isinstance(head, int) else {})
+    return (("tie_word_embeddings", "output.weight" not in shapes), *known.items())
 
 
 def _stored(header: Header, lying: Lying, stacked: bool) -> list[Stored]:
@@ -193,9 +200,12 @@ def _stored(header: Header, lying: Lying, stacked: bool) -> list[Stored]:
         dtype = BY_NAME[_PLAIN[kind]]
         size = prod(shape) * dtype.size
     else:
-        dtype, (_, elements, nbytes) = _BYTES, packing(kind, f"{path}: `{name}`: ")
-        if not shape or shape[-1] % elements:
-            raise Refused(f"{path}: `{name}` has rows of {shape[-1:]} elements; {_name(kind)} has blocks of {elements}")
+        try:
+            dtype, (_, elements, nbytes) = _BYTES, packing(kind)
+        except Refused as problem:
+            raise Refused(f"{path}: `{name}`: {problem.message}", hint=problem.hint) from None
+        if shape[-1] % elements:
+            raise Refused(f"{path}: `{name}` has rows of {shape[-1]} elements; {_name(kind)} has blocks of {elements}")
         size = prod(shape) // elements * nbytes
     if offset + size > header.size:
         raise Refused(
@@ -204,26 +214,26 @@ def _stored(header: Header, lying: Lying, stacked: bool) -> list[Stored]:
         )
     if not stacked:
         return [Stored(name, dtype, shape if kind in _PLAIN else (size,), path, offset)]
-    if len(shape) != 3 or not shape[0]:
-        raise Refused(f"{path}: `{name}` has shape {list(shape)}; stacked experts have three axes")
+    if len(shape) != 3 or not size or shape[0] > _EXPERTS:
+        raise Refused(f"{path}: `{name}` has shape {list(shape)}, which is not that of stacked experts")
     each = size // shape[0]
     inner = shape[1:] if kind in _PLAIN else (each,)
     return [Stored(f"{name}[{i}]", dtype, inner, path, offset + i * each) for i in range(shape[0])]
 
 
 @cache
-def packing(kind: int, place: str = "") -> Packing:
+def packing(kind: int) -> Packing:
     """How a quantised type packs its elements. Raises Refused for one that the gguf package cannot unpack, or without it."""
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
     except ImportError:
         hint = "pip install 'weight-surgery[gguf]'"
-        raise Refused(f"{place}quantised GGUF tensors need the package gguf", hint=hint) from None
+        raise Refused("quantised GGUF tensors need the package gguf", hint=hint) from None
     try:
         elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         dequantize(np.zeros((1, nbytes), np.uint8), GGMLQuantizationType(kind))
     except (ValueError, KeyError, NotImplementedError):
-        raise Refused(f"{place}its type {_name(kind)} cannot be unpacked", hint="use the model it was made from") from None
+        raise Refused(f"its type {_name(kind)} cannot be unpacked", hint="use the model it was made from") from None
     return Packing(kind, elements, nbytes)
 
 

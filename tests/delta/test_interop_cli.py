@@ -145,6 +145,18 @@ def test_an_export_replaces_another_only_when_told(folder: Path, kind: str) -> N
     assert {p.name for p in folder.iterdir()} == {"base", "tuned", "p.delta.safetensors", "out"}
 
 
+@pytest.mark.parametrize("kind", ["slime", "vllm-patch", "lora", "hf"])
+def test_an_export_never_replaces_what_it_reads(folder: Path, kind: str) -> None:
+    base = folder / "base"
+    before, out = all_bytes(base), base if kind != "slime" else base / ".."
+    export = ["export", folder / "p.delta.safetensors", "--base", base, "--to", kind, "-o", out, "--overwrite"]
+    if kind == "slime":  # it writes below OUT: make the place that it would take the base
+        (folder / "weight_v000001").symlink_to(base)
+    result = CliRunner().invoke(command, [str(a) for a in export + (["--rank", 4] if kind == "lora" else [])])
+    assert isinstance(result.exception, Refused) and "input" in str(result.exception)
+    assert all_bytes(base) == before
+
+
 def test_the_list_of_codecs_needs_no_model() -> None:
     listed = surgery("delta", "pack", "--codec", "list").splitlines()
     assert {"dither/1", "sign/1", "lowrank/1"} <= set(listed)

@@ -263,7 +263,7 @@ def test_what_slime_cannot_say(tmp_path: Path) -> None:
     folder = export_slime(old, same_again, tmp_path / "d", version=1)  # nothing changed: an empty version
     import_slime(old, [folder], tmp_path / "out")
     same(read_checkpoint(tmp_path / "out"), base)
-    with pytest.raises(Refused, match="already exists"):
+    with pytest.raises(Refused, match="already holds something"):
         export_slime(old, same_again, tmp_path / "d", version=1)
     with pytest.raises(Refused, match="unknown delta encoding"):
         export_slime(old, same_again, tmp_path / "e", version=1, encoding="xorr")

@@ -11,6 +11,7 @@ from test_lossy_codecs import heavy, whole
 
 from surgery.delta.choices import automatic
 from surgery.delta.codecs.base import lossy_codec
+from surgery.delta.codecs.exact import FAST, ULP
 from surgery.delta.lossy.auto import Allocation, allocate
 from surgery.delta.pack import pack
 from surgery.errors import Refused
@@ -148,9 +149,9 @@ def test_a_size_is_of_the_whole_package(tmp_path: Path) -> None:
     base = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     tuned = {n: v + rng.standard_normal(v.shape).astype(np.float32) * np.float32(0.01) for n, v in base.items()}
     old, new = (open_node(str(write_checkpoint(tmp_path / n, t))) for n, t in (("base", base), ("tuned", tuned)))
-    for size in (190_000, 220_000):
-        choose = automatic(old, new, only=[], size=size)
-        made = pack(old, new, tmp_path / f"{size}.delta.safetensors", choose=choose)
+    for size, exact in ((190_000, ULP), (220_000, ULP), (230_000, FAST)):
+        choose = automatic(old, new, only=[], size=size, exact=exact)
+        made = pack(old, new, tmp_path / f"{size}.delta.safetensors", choose=choose, codec=exact)
         assert made.counts["lossy"] == 2 and 0.9 * size <= made.path.stat().st_size <= size
     with pytest.raises(Refused, match="carried exactly"):
         automatic(old, new, only=[], size=50_000)

@@ -2,21 +2,22 @@
 
 import re
 import struct
+import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import ops
 from surgery.cli import main
-
-gguf = pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
+from surgery.delta.container import Package
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -75,19 +76,20 @@ def command(monkeypatch):
     return run
 
 
-def convert(path, arch, tensors, kinds=None, metadata=True):
-    """A GGUF file as llama.cpp's converter makes it. kinds: name -> how to quantise it; else as it is."""
+def convert(path, arch, tensors, kinds=None, metadata=True, heads=None):
+    """A GGUF file as llama.cpp's converter makes it. kinds: name -> how to quantise it; else as it is. heads: of keys, by block."""
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name("tiny")
     if metadata:
         for add, key in (
             (writer.add_context_length, "max_position_embeddings"), (writer.add_embedding_length, "hidden_size"),
             (writer.add_block_count, "num_hidden_layers"), (writer.add_feed_forward_length, "intermediate_size"),
-            (writer.add_head_count, "num_attention_heads"), (writer.add_head_count_kv, "num_key_value_heads"),
+            (writer.add_head_count, "num_attention_heads"),
             (writer.add_rope_dimension_count, "head_dim"), (writer.add_vocab_size, "vocab_size"),
             (writer.add_key_length, "head_dim"), (writer.add_value_length, "head_dim"),
         ):  # fmt: skip
             add(COMMON[key])
+        writer.add_head_count_kv(heads or COMMON["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(1e-6)
         writer.add_layer_norm_eps(1e-6)
         writer.add_rope_freq_base(10000.0)
@@ -191,7 +193,7 @@ def test_pieces_of_blocks_are_the_whole(kind, tmp_path):
 
 
 def test_split_files_folders_and_the_command_line(models, tmp_path, command, capsys):
-    _, tensors = models("llama")
+    folder, tensors = models("llama")
     whole = convert(tmp_path / "w.gguf", "llama", tensors)
     split = tmp_path / "split"
     split.mkdir()
@@ -205,8 +207,13 @@ def test_split_files_folders_and_the_command_line(models, tmp_path, command, cap
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("abc", add_special_tokens=False)["input_ids"] == [TOKENS.index("ab"), TOKENS.index("c")]
-    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.isfinite(net(torch.tensor([[1, 5, 7]])).logits).all()
+    ids = torch.tensor([[1, 5, 7]])
+    with torch.no_grad():  # the head lies in the second part: it is not tied to the embeddings for that
+        want, got = (
+            transformers.AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32)(ids).logits
+            for at in (folder, tmp_path / "out")
+        )
+    assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
     capsys.readouterr()
     assert command("inspect", whole) == 0
     assert "model.layers.{0-1}.self_attn.q_proj.weight" in capsys.readouterr().out
@@ -219,7 +226,7 @@ def test_commands_that_want_files_say_how_to_unpack_one(models, tmp_path, comman
     whole = convert(tmp_path / "w.gguf", "llama", models("llama")[1])
     assert command("inspect", "--scan", whole) == 2
     typed = re.search(r'python -c "(.*)"', capsys.readouterr().err).group(1)
-    exec(typed.replace("'unpacked'", repr(str(tmp_path / "unpacked"))), {})
+    subprocess.run([sys.executable, "-c", typed], cwd=tmp_path, check=True)
     assert len(load_file(tmp_path / "unpacked" / "model.safetensors")) == len(models("llama")[1])
 
 
@@ -244,6 +251,12 @@ def test_what_cannot_be_read_is_refused(models, tmp_path):
         with pytest.raises(surgery.Refused) as found:
             _ = surgery.open(tmp_path / "bad.gguf").plan()
         assert said in f"{found.value} {found.value.hint}", found.value
+    path = convert(tmp_path / "varied.gguf", "llama", tensors, heads=[2, 2])
+    with pytest.raises(surgery.Refused, match="every block its own number of heads"):
+        surgery.open(path).plan()
+    (tmp_path / "m-00003-of-00002.gguf").write_bytes(raw)
+    with pytest.raises(surgery.Refused, match="none of them"):
+        surgery.open(tmp_path / "m-00003-of-00002.gguf")
     (tmp_path / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two" / name).write_bytes(raw)
@@ -251,27 +264,45 @@ def test_what_cannot_be_read_is_refused(models, tmp_path):
         surgery.open(tmp_path / "two")
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(where damaged files go, the bytes of a sound one of a few hundred bytes)."""
+    home = tmp_path_factory.mktemp("damaged")
+    writer = gguf.GGUFWriter(str(home / "m.gguf"), "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "long token"])
+    writer.add_uint32("llama.block_count", 1)
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 4), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    return home / "bad.gguf", (home / "m.gguf").read_bytes()
+
+
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.one_of(st.none(), st.integers(0, 3000)))
-def test_a_damaged_header_is_refused_or_read(at, byte, cut, tmp_path_factory):
+def test_a_damaged_header_is_refused_or_read(at, byte, cut, small):
     """No traceback, no allocation beyond the file, whatever a header says."""
     from surgery.gguf.header import read_header
 
-    if not hasattr(test_a_damaged_header_is_refused_or_read, "file"):
-        home = tmp_path_factory.mktemp("damaged")
-        writer = gguf.GGUFWriter(str(home / "m.gguf"), "llama")
-        writer.add_array("tokenizer.ggml.tokens", ["a", "b", "long token"])
-        writer.add_uint32("llama.block_count", 1)
-        writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 4), np.float32))
-        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-            write()
-        test_a_damaged_header_is_refused_or_read.file = home / "m.gguf", (home / "m.gguf").read_bytes()
-    path, raw = test_a_damaged_header_is_refused_or_read.file
+    path, raw = small
     bad = bytearray(raw)
     bad[at % len(bad)] = byte
-    other = path.with_name("bad.gguf")
-    other.write_bytes(bytes(bad[:cut]))
+    path.write_bytes(bytes(bad[:cut]))
     try:
-        assert read_header(other).size == len(bad[:cut])
+        assert read_header(path).size == len(bad[:cut])
     except surgery.Refused as refused:
-        assert str(other) in str(refused)
+        assert str(path) in str(refused)
+
+
+def test_a_file_is_the_base_of_a_package(models, tmp_path, command):
+    """Packages speak of the weights that a file stands for, under their names."""
+    path = convert(tmp_path / "w.gguf", "llama", models("llama")[1])
+    tuned = {n: t + 0.01 * torch.randn_like(t) for n, t in models("llama")[1].items()}
+    (tmp_path / "tuned").mkdir()
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    package = tmp_path / "p.delta.safetensors"
+    assert command("delta", "pack", "--base", path, "--model", tmp_path / "tuned", "-o", package, "-q") == 0
+    assert command("delta", "apply", package, "--base", path, "-o", tmp_path / "again", "-q") == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[n], t) for n, t in tuned.items())
+    entries = Package(str(package)).manifest.entries
+    assert all(e.base is not None and e.base.name == n for n, e in entries.items())

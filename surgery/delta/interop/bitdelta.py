@@ -87,7 +87,7 @@ def import_bitdelta(base: Source, diff: str | Path, out: str | Path) -> dict[str
     Raises Refused before anything is written.
     """
     found = read_bitdelta(diff, base)
-    with Values(base) as values, appearing(out) as room:
+    with Values(base) as values, appearing(out, (base,)) as room:
         write_checkpoint(room, base, _made(values, found))
     unchanged = len(base.tensors) - len(found.coded) - len(found.whole)
     return {"signs": len(found.coded), "whole": len(found.whole), "unchanged": unchanged}

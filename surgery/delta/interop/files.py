@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,9 @@ from surgery.checkpoint.sidecar import copy_sidecars, write_json
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.stored import Stored
 from surgery.checkpoint.writer import Writer
+from surgery.delta.places import places
 from surgery.engine import convert
+from surgery.engine.output import Output
 from surgery.engine.reader import Reader
 from surgery.errors import Refused
 from surgery.graph.expr import Expr
@@ -118,26 +119,18 @@ def check_same_tensors(base: Values, target: Values, what: str) -> None:
 
 
 @contextmanager
-def appearing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill; renamed to `out` when the block ends well, removed otherwise. Raises Refused if `out` exists, unless
-    it is a folder and to be replaced."""
-    final = Path(out)
-    if final.exists() and not (final.is_dir() and (overwrite or not any(final.iterdir()))):
-        hint = "choose another -o" + (", or --overwrite to replace it whole" if final.is_dir() else "")
-        raise Refused(f"{final}: already exists", hint=hint)
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def appearing(out: str | Path, models: Iterable[Model], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; renamed to `out` when the block ends well, removed otherwise. models: what is read meanwhile.
+
+    overwrite: what is at `out` is replaced. Raises Refused if it is not to be, and if it is or holds a model.
+    """
+    target = Output(Path(out), [p for m in models for p in places(m)], resume=False, overwrite=overwrite)
+    target.claim("", resume=False)
     try:
-        yield partial
-        old = final.with_name(final.name + ".replaced")
-        if overwrite and final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        yield target.directory
+        target.publish()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        target.abandon()
         raise
 
 
@@ -212,7 +205,7 @@ def write_checkpoint(folder: Path, donor: Source, made: Iterator[tuple[str, Any]
 
 def rebuild(model: Model, base: Source, out: str | Path) -> None:
     """Write a model that has `base`'s names, shapes and types as a new folder. Raises Refused if it has others."""
-    with Values(base) as below, Values(model) as made, appearing(out) as room:
+    with Values(base) as below, Values(model) as made, appearing(out, (model, base)) as room:
         check_same_tensors(below, made, "a rebuilt base")
         write_checkpoint(room, base, ((name, made.bytes(name)) for name in base.tensors))
 

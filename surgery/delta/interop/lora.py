@@ -7,7 +7,7 @@ saved whole, module by module, because PEFT replaces whole modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def export_lora(
             if _is_linear(name, stored.shape) and stored.dtype.is_float:
                 delta = new.floats(name) - old.floats(name)
                 coded[name] = LowRank().encode(delta, key=name, rank=rank, bits=bits, factors="float16")
-        return _write(coded, changed, new, base_name or old.location, out, overwrite)
+        return _write(coded, changed, new, base_name or old.location, out, (base, target), overwrite)
 
 
 def export_lora_coded(
@@ -59,7 +59,7 @@ def export_lora_coded(
 ) -> dict[str, Any]:
     """The same from tensors that `lowrank/1` has coded already. changed: all tensors that differ from the base."""
     with Values(target) as values:
-        return _write(coded, changed, values, base_name, out)
+        return _write(coded, changed, values, base_name, out, (target,))
 
 
 def _write(
@@ -68,6 +68,7 @@ def _write(
     target: Values,
     base_name: str,
     out: str | Path,
+    models: Sequence[Model],
     overwrite: bool = False,
 ) -> dict[str, Any]:
     model_type = (target.config or {}).get("model_type")
@@ -117,7 +118,7 @@ def _write(
         "use_rslora": False,
         "use_dora": False,
     }
-    with appearing(out, overwrite=overwrite) as room:
+    with appearing(out, models, overwrite=overwrite) as room:
         tensors.sort(key=lambda t: t[1] != "F32")
         write_safetensors(room / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(room / "adapter_config.json", config)

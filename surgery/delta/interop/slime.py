@@ -77,7 +77,7 @@ def export_slime(
         raise Refused(f"version {version}: slime counts from 000001 to 999999")
     digest_of = checksum(checksums)
     folder = Path(out) / f"weight_v{version:06}"
-    with appearing(folder, overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
+    with appearing(folder, (base, target), overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
         shards = Shards(room, _SHARD)
         for change in changes(old, new, "a slime delta"):
             payload = zstandard.ZstdCompressor(level=1).compress(_encoded(change.name, change.base, change.target, encoding))
@@ -179,7 +179,7 @@ def import_slime(
     _check_chain(chain, base, base_version)
     with Values(base) as values:
         _check_base(chain[0], values)
-        with appearing(out) as room:
+        with appearing(out, (base,)) as room:
             readers = [Reader({s.path: FileState.of(s.path) for s in v.tensors.values()}) for v in chain]
             try:
                 write_checkpoint(room, base, ((n, _applied(n, values, chain, readers)) for n in base.tensors))

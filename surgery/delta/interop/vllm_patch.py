@@ -45,7 +45,7 @@ def export_vllm_patch(base: Model, target: Model, out: str | Path, *, overwrite:
     """
     made: list[tuple[str, str, list[int], bytes]] = []
     listed: list[dict[str, Any]] = []
-    with appearing(out, overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
+    with appearing(out, (base, target), overwrite=overwrite) as room, Values(base) as old, Values(target) as new:
         for change in changes(old, new, "a vLLM patch"):
             stored, size = change.stored, change.stored.dtype.size
             at = np.flatnonzero((change.base != change.target).reshape(-1, size).any(axis=1))
