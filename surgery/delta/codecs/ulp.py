@@ -77,8 +77,9 @@ def restored(zigzag: Array, base: Array, dtype: DType) -> Array:
     """What `differences` was made of: the target's words. `zigzag` is used up."""
     compiled = fast.kernels(base.itemsize)
     if compiled is not None:
-        compiled.restore(zigzag, base, form_of(dtype) is not None, zigzag)
-        return zigzag
+        made = np.empty_like(base)
+        compiled.restore(zigzag, base, form_of(dtype) is not None, made)
+        return made
     one = zigzag.dtype.type(1)
     sign = np.bitwise_and(zigzag, one)
     np.negative(sign, out=sign)
