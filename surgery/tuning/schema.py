@@ -78,9 +78,7 @@ METHODS: dict[str, Schema] = {
                 },
                 ["rank"],
             )
-            | {
-                "description": "Low-rank changes where many entries are sensitive, and vectors; without it single entries alone."
-            },
+            | {"description": "Low-rank changes where many entries are sensitive, vectors whole; without it entries alone."},
         }
     ),
 }
