@@ -190,4 +190,7 @@ def _check(schema: Schema, value: Any, place: Place, path: tuple[str, ...]) -> N
     if problem.validator == "enum":
         raise Refused(f"{place(*at)}: {'.'.join(map(str, at))} cannot be `{problem.instance}`",
                       hint=did_you_mean(str(problem.instance), map(str, problem.validator_value)))  # fmt: skip
+    if problem.validator == "anyOf":
+        about = problem.schema.get("description", "").rstrip(".")
+        raise Refused(f"{place(*at)}: {'.'.join(map(str, at))} cannot be {problem.instance!r}", hint=about or None)
     raise Refused(f"{place(*at)}: {'.'.join(map(str, at))}: {problem.message}")

@@ -109,3 +109,13 @@ def test_inputs_and_other_things_are_not_replaced(work: Path, resident: lab.Resi
     assert (work / "out.partial" / "notes").exists() and trials(work / "out") == [0.1]
     with pytest.raises(Refused, match="already holds a sweep\nhint: --resume goes on with it, --overwrite replaces it"):
         carry_out(work, "0.2", resident)
+
+
+def test_a_sweep_without_a_mask_is_none(work: Path, resident: lab.Resident) -> None:
+    from click.testing import CliRunner
+
+    from surgery.cli.probe_masks import command
+
+    carry_out(work, "0.1", resident)
+    found = CliRunner().invoke(command, [str(work / "out"), str(work / "out")])
+    assert isinstance(found.exception, Refused) and "out: a sweep that wrote no mask" in str(found.exception)
