@@ -81,7 +81,7 @@ class Rebuilt(Derived):
         raw = fetch.raw(self.args[0], *leaf_range(base, start))
         implied = self._implies(base, payload, len(raw), stop - start)
         if len(raw) and not implied:
-            check_leaf(base, start, raw, self.base_name)
+            check_leaf(base, start, raw, self.base_name, self.package.path)
         try:
             ref, hint = reference(base, entry.target, raw, stop - start), None
             if entry.lossy:
@@ -93,7 +93,7 @@ class Rebuilt(Derived):
             self._check(start, made)
         except Refused:
             if implied:  # whose fault is it?
-                check_leaf(base, start, fetch.raw(self.args[0], *leaf_range(base, start)), self.base_name)
+                check_leaf(base, start, fetch.raw(self.args[0], *leaf_range(base, start)), self.base_name, self.package.path)
             raise
         return made
 

@@ -80,6 +80,12 @@ class Tables:
         return len(self.frequencies) * _TOTAL * 8
 
     @property
+    def certain(self) -> Array:
+        """For every context the symbol that is the only one, -1 where there are several."""
+        only = self.frequencies.max(axis=1) == _TOTAL
+        return np.where(only, self.frequencies.argmax(axis=1), -1)
+
+    @property
     def lookup(self) -> Array:
         """For every context and low 12 bits of a state: frequency << 20 | symbol << 12 | place in the symbol's range."""
         if self._lookup is None:
@@ -104,6 +110,16 @@ def lanes_for(length: int, bits: float) -> int:
     return 1 << max(0, round(np.log2(max(1.0, wanted))))
 
 
+def _open(uncertain: Array, lanes: int) -> list[int]:
+    """Where rows of `lanes` symbols begin that hold one that could be another. A certain symbol costs nothing and leaves its
+    lane as it is, so that a message of little else (a matrix of zeros) is mostly passed over."""
+    if uncertain.all():
+        return list(range(0, len(uncertain), lanes))
+    rows = np.unique(np.flatnonzero(uncertain) // lanes)
+    found: list[int] = (rows * lanes).tolist()
+    return found
+
+
 def encode(symbols: Array, contexts: Array, tables: Tables) -> bytes:
     """The stream. symbols: uint8, every one of frequency > 0 in its context."""
     width = tables.frequencies.shape[1]
@@ -115,7 +131,7 @@ def encode(symbols: Array, contexts: Array, tables: Tables) -> bytes:
     limit, rest, real = frequency << 20, _TOTAL - frequency, frequency.astype(np.float64)
     state = np.full(lanes, _LOW, np.int64)
     words: list[Array] = []
-    for a in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
+    for a in reversed(_open(rest != 0, lanes)):
         b = min(a + lanes, len(symbols))
         x = state[: b - a]
         full = np.flatnonzero(x >= limit[a:b])
@@ -144,7 +160,9 @@ def decode(stream: bytes, contexts: Array, tables: Tables) -> Array:
     base = contexts.astype(np.int64) << PRECISION
     found, room, at = np.empty(len(base), np.int64), np.empty(lanes, np.int64), 0
     lookup = tables.lookup
-    for a in range(0, len(base), lanes):
+    certain = tables.certain.take(contexts)  # -1: not certain
+    found[:] = certain << 12
+    for a in _open(certain < 0, lanes):
         b = min(a + lanes, len(base))
         x, t, entry = state[: b - a], room[: b - a], found[a:b]
         np.bitwise_and(x, _TOTAL - 1, out=t)
