@@ -35,17 +35,17 @@ CLAIMS = [
         lambda f: f.hidden < f.learned,
     ),
     Claim(
-        "An average of probabilities, without a gate, is better still.",
+        "It beats the average of the two models' probabilities.",
         "–",
-        "averaged {averaged}, best gate {best}",
-        "average < best gate",
-        lambda f: f.averaged < f.best,
+        "gate {learned}, average {averaged}",
+        "gate < average",
+        lambda f: f.learned < f.averaged,
     ),
     Claim(
         "An oracle that knows the next token is the bound; a learned gate leaves most of it.",
         "–",
-        "oracle {oracle}",
-        "oracle < gate",
+        "oracle {oracle}, best gate {best}",
+        "oracle < best gate",
         lambda f: f.oracle < f.best,
     ),
 ]
