@@ -18,7 +18,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.delta import fingerprint
 from surgery.delta.codecs.exact import ALONE, EXACT, Hint
 from surgery.delta.container import Package
-from surgery.delta.decode import chunk_payload, decoded
+from surgery.delta.decode import chunk_payload, decoded, held
 from surgery.delta.manifest import Entry, Tensor, bad
 from surgery.delta.reference import Array, check_leaf, leaf_range, reference
 from surgery.engine import convert
@@ -43,6 +43,12 @@ class Rebuilt(Derived):
     @property
     def identity(self) -> str:
         return f"{self.package.identity}/{self.entry.target.name}"
+
+    @property
+    def holds(self) -> int:  # type: ignore[override]
+        """A chunk with what it is made of, whatever its piece."""
+        chunk = 4 * self.dtype.size * min(self.numel, fingerprint.step_of(self.shape))
+        return chunk + held(self.entry)
 
     def bits(self, fetch: Fetch, start: int, stop: int) -> Array:
         size, step = self.dtype.size, fingerprint.step_of(self.shape)
