@@ -28,6 +28,7 @@ from surgery.delta.lossy import integers
 from surgery.delta.lossy.classes import Classes
 from surgery.delta.lossy.common import Array, Codec, Parts, as_source, chunks, number, one_of, overlapping, rows_of, sliced
 from surgery.delta.lossy.compiled import kernels
+from surgery.delta.lossy.inputs import Inputs
 from surgery.delta.lossy.memo import recent, remembered
 from surgery.delta.lossy.source import Source
 from surgery.ops.random import bits32
@@ -44,8 +45,8 @@ def noise(seed: int, key: str, start: int, stop: int) -> Array:
 
 
 _ODD = 2 * np.arange(256) - 255  # 512 u
-_U = _ODD / 512.0
-_SIGN = np.where(_ODD < 0, -1.0, 1.0)
+U = _ODD / 512.0
+SIGN = np.where(_ODD < 0, -1.0, 1.0)
 
 
 def quantise(d: Array, k: Array, step: float) -> Array:
@@ -53,13 +54,13 @@ def quantise(d: Array, k: Array, step: float) -> Array:
     compiled = kernels(d.size)
     if compiled is not None:
         made = np.empty(d.size, np.int64)
-        compiled.quantise(d, k, _U, _SIGN, step, made)
+        compiled.quantise(d, k, U, SIGN, step, made)
         return made
     q = d.astype(np.float64)
     q /= step
-    q += _U.take(k)
+    q += U.take(k)
     np.rint(q, out=q)
-    q *= _SIGN.take(k)
+    q *= SIGN.take(k)
     return q.astype(np.int64)
 
 
@@ -68,11 +69,11 @@ def restore(folded: Array, k: Array, step: float) -> Array:
     compiled = kernels(0)
     if compiled is not None:
         made = np.empty(folded.size, np.float32)
-        compiled.restore(folded, k, _U, _SIGN, step, made)
+        compiled.restore(folded, k, U, SIGN, step, made)
         return made
     q = folded.astype(np.float64)
-    q *= _SIGN.take(k)
-    q -= _U.take(k)
+    q *= SIGN.take(k)
+    q -= U.take(k)
     q *= step
     return q.astype(np.float32)
 
@@ -115,6 +116,7 @@ def contexts(k: Array, classes: Array, buckets: int) -> Array:
 class Dither(Codec):
     name = "dither/1"
     streams = True
+    calibrated = True
     options = MappingProxyType(
         {
             "bits": number("bits per element to spend at most; the step is searched", exclusiveMinimum=0),
@@ -124,9 +126,13 @@ class Dither(Codec):
         }
     )
 
-    def pack(self, x: Source, key: str, **options: Any) -> Parts:
+    def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
+        """x: with inputs an array, whose errors are fed back: no weight's error is bounded then."""
         bits, step, max_error, seed = options["bits"], options["step"], options["max_error"], options["seed"]
         what, value = one_of(self, key, bits=bits, step=step, max_error=max_error)
+        if inputs is not None and what != "max_error" and isinstance(x, np.ndarray) and x.any():
+            return self._fed_back(x, key, inputs, what, float(value), seed)
+        x = as_source(x)
         largest = x.largest
         if largest == 0.0:
             return {}, {"step": 0.0, "seed": seed, "classes": 1, "chunks": [], "bound": 0.0}
@@ -134,10 +140,22 @@ class Dither(Codec):
             value = 2.0 * (value - (largest + value) * _HALF_ULP)
             if value <= 0.0:
                 raise self.refuse(key, "max_error is finer than float32 holds here", hint="pack it exactly, or allow more")
-        tries = _tries(x)
+        tries = tries_of(x)
         if what != "bits":
             return self._at(x, tries, key, float(value), seed, largest)
         return self._within(x, tries, key, float(value), seed, largest)
+
+    def _fed_back(self, x: Array, key: str, inputs: Inputs, what: str, value: float, seed: int) -> Parts:
+        from surgery.delta.lossy.fed_back import FedBack  # which is made of what is here
+
+        if what == "bits":
+            return FedBack(x, key, inputs, seed).within(value)
+        self._not_too_fine(float(np.abs(x).max()), value, key)
+        return FedBack(x, key, inputs, seed).at(value)
+
+    def _not_too_fine(self, largest: float, step: float, key: str) -> None:
+        if largest / step > integers.LARGEST / 8:
+            raise self.refuse(key, f"a step of {step:.3g} is too fine for values up to {largest:.3g}", hint="pack it exactly")
 
     def _within(self, x: Source, tries: list[Classes], key: str, bits: float, seed: int, largest: float) -> Parts:
         """The smallest step whose code fits, within 2 %. Where none fits (few elements), the step is the largest magnitude."""
@@ -161,14 +179,14 @@ class Dither(Codec):
     def rate(self, delta: Array | Source, key: str, seed: int, tries: list[Classes] | None = None) -> Callable[[float], float]:
         """step -> bits per element, measured on a sample of the tensor (to about 2 %)."""
         x = as_source(delta)
-        tries = tries or _tries(x)
+        tries = tries or tries_of(x)
         picked = _sample(x.shape)
         k = np.concatenate([noise(seed, key, a, b) for a, b in picked])
         d = np.concatenate([x.read(a, b) for a, b in picked])
         table = _classes(x, tries, key, None, seed)
         buckets = buckets_for(table.count)
         where = contexts(k, np.concatenate([table.of(a, b) for a, b in picked]), buckets)
-        side, known = 8.0 * len(_side(table)), {}
+        side, known = 8.0 * len(side_of(table)), {}
 
         def spent(step: float) -> float:
             if step not in known:
@@ -179,20 +197,14 @@ class Dither(Codec):
         return spent
 
     def _at(self, x: Source, tries: list[Classes], key: str, step: float, seed: int, largest: float) -> Parts:
-        if largest / step > integers.LARGEST / 4:
-            raise self.refuse(key, f"a step of {step:.3g} is too fine for values up to {largest:.3g}", hint="pack it exactly")
-        table = _classes(x, tries, key, step, seed)
-        buckets = buckets_for(table.count)
+        self._not_too_fine(largest, step, key)
 
         def block(a: int, b: int) -> tuple[Array, Array]:
             k = noise(seed, key, a, b)
-            return quantise(x.read(a, b), k, step), contexts(k, table.of(a, b), buckets)
+            return quantise(x.read(a, b), k, step), k
 
-        packed = integers.pack([lambda r=r: block(*r) for r in chunks(x.shape)], buckets * table.contexts)  # type: ignore[misc]
-        parts = {"classes": _side(table), "tables": packed.tables, "codes": packed.codes}
-        bound = 0.5 * step + (largest + 0.5 * step) * _HALF_ULP
-        facts = {"step": step, "seed": seed, "classes": table.count, "chunks": packed.lengths, "bound": bound}
-        return {n: p for n, p in parts.items() if p}, facts
+        parts, facts = coded(x.shape, _classes(x, tries, key, step, seed), step, seed, block)
+        return parts, {**facts, "bound": 0.5 * step + (largest + 0.5 * step) * _HALF_ULP}
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts, parts = coded.facts, coded.parts
@@ -207,26 +219,43 @@ class Dither(Codec):
         table = remembered(
             "classes", side, (shape, facts["classes"]), lambda: Classes.from_bytes(side, shape, facts["classes"])
         )
-        packed, buckets = integers.Packed(parts["tables"], parts["codes"], facts["chunks"]), buckets_for(table.count)
+        stored, buckets = integers.Packed(parts["tables"], parts["codes"], facts["chunks"]), buckets_for(table.count)
 
         def values_of(chunk: memoryview, a: int, b: int) -> Array:
             k, of = noise(seed, key, a, b), table.of(a, b)
-            values = restore(integers.decoded(chunk, packed.tables, contexts(k, of, buckets)), k, step)
+            values = restore(integers.decoded(chunk, stored.tables, contexts(k, of, buckets)), k, step)
             zero = table.zero(of)
             if zero is not None:
                 values[zero] = 0.0
             return values
 
-        also = tuple(xxhash.xxh3_128_digest(part) for part in (packed.tables, side)), facts["classes"], step, seed, key, shape
+        also = tuple(xxhash.xxh3_128_digest(part) for part in (stored.tables, side)), facts["classes"], step, seed, key, shape
         for i, a, b in overlapping(shape, start, stop):
-            chunk = integers.chunk_of(packed, i)
+            chunk = integers.chunk_of(stored, i)
             values = recent("dither", chunk, (also, i), lambda chunk=chunk, a=a, b=b: values_of(chunk, a, b))  # type: ignore[misc]
             lo, hi = max(a, start), min(b, stop)
             made[lo - start : hi - start] = values[lo - a : hi - a]
         return made
 
 
-def _tries(x: Source) -> list[Classes]:
+Block = Callable[[int, int], tuple[Array, Array]]  # range -> (q, k)
+
+
+def coded(shape: tuple[int, ...], table: Classes, step: float, seed: int, block: Block) -> Parts:
+    """Payloads and facts of a tensor."""
+    buckets = buckets_for(table.count)
+
+    def with_contexts(a: int, b: int) -> tuple[Array, Array]:
+        q, k = block(a, b)
+        return q, contexts(k, table.of(a, b), buckets)
+
+    found = integers.pack([lambda r=r: with_contexts(*r) for r in chunks(shape)], buckets * table.contexts)  # type: ignore[misc]
+    parts = {"classes": side_of(table), "tables": found.tables, "codes": found.codes}
+    facts = {"step": step, "seed": seed, "classes": table.count, "chunks": found.lengths}
+    return {n: p for n, p in parts.items() if p}, facts
+
+
+def tries_of(x: Source) -> list[Classes]:
     """Scale classes to choose from: none, by row, by row and column."""
     of = scale_classes.powers(x.read, x.shape)
     tries = [scale_classes.measured(of, columns=False), scale_classes.measured(of, columns=True)]
@@ -248,13 +277,13 @@ def _classes(x: Source, tries: list[Classes], key: str, step: float | None, seed
         buckets = buckets_for(one.count)
         where = contexts(k, np.concatenate([one.of(a, b) for a, b in picked]), buckets)
         counts = integers.counted([lambda where=where: (q, where)], buckets * one.contexts)  # type: ignore[misc]
-        size = 8.0 * len(_side(one)) + integers.cost(counts, x.size)
+        size = 8.0 * len(side_of(one)) + integers.cost(counts, x.size)
         if size < least:
             best, least = one, size
     return best
 
 
-def _side(table: Classes) -> bytes:
+def side_of(table: Classes) -> bytes:
     """The stored classes; empty where there is one class and no row of zeros."""
     return table.to_bytes() if table.rows.any() or table.columns.any() else b""
 
