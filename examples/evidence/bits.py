@@ -30,7 +30,7 @@ DRAWN = 50
 CLAIMS = [
     Claim(
         "A shared budget loses less of the predictions than the same bits everywhere.",
-        "ResNet-50, mixed 8 and 4 bits: above uniform at every size",
+        "8 and 4 bits by integer programming beat uniform bits at equal size",
         "KL from the float model: 3.0 bits {auto30:4} against {each30:4}, 2.5 bits {auto25:4} against {each25:4}",
         "lower at both",
         lambda f: f.auto30 < f.each30 and f.auto25 < f.each25,

@@ -56,7 +56,7 @@ CLAIMS = [
     ),
     Claim(
         "Beginning with the low-rank part (LQ-LoRA) and keeping the best beats LoftQ's five rounds at 3 and 4 bits.",
-        "NF3 to NF4: lower than LoftQ",
+        "a lower error than LoftQ, and the best of the turns",
         "3 bits {svd3} against {five3}, 4 bits {svd4} against {five4}; in five rounds as well: {svdfive3}, {svdfive4}",
         "lower at 3 and at 4 bits",
         lambda f: f.svd3 < f.five3 and f.svd4 < f.five4,
