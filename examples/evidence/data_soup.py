@@ -67,7 +67,7 @@ CLAIMS = [
 
 
 def measure(rig: Digits) -> Figures:
-    return _mixes(rig) | _with_base(rig) | _fronts(rig)
+    return _mixes(rig) | with_base(rig) | _fronts(rig)
 
 
 def _mixes(rig: Digits) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def mixed(rig: Digits, name: str, domains: Sequence[str]) -> surgery.Checkpoint:
     return rig._at(name, make, tuple(domains), SHOTS, rig.base.node.token, RECIPE)
 
 
-def _with_base(rig: Digits) -> dict[str, Any]:
+def with_base(rig: Digits) -> dict[str, Any]:
     tuned = {d: rig.tuned(d) for d in TASKS}
     models = {
         "base": rig.base,

@@ -55,7 +55,7 @@ CLAIMS = [
 
 def measure(rig: Digits) -> Figures:
     rows: dict[str, list[float]] = {}
-    curves = []
+    curves, run = [], list[surgery.Checkpoint]()
     for d in TARGETS:
         run = [rig.tuned(f"{d}-at-{n}", d, steps=n, **RUN) for n in STEPS]
 
@@ -73,7 +73,7 @@ def measure(rig: Digits) -> Figures:
         rows.setdefault("tried", []).append(tried + len(run))
         curves.append([rig.accuracy(m, [d])[d] for m in run])
     made: dict[str, Any] = {name: float(np.mean(values)) for name, values in rows.items()}
-    return made | _exact(rig) | {"curve": np.mean(curves, axis=0).tolist()}
+    return made | exact(rig, run) | {"curve": np.mean(curves, axis=0).tolist()}
 
 
 def stitched(run: Sequence[surgery.Checkpoint], rules: Mapping[str, int]) -> surgery.Checkpoint:
@@ -95,10 +95,8 @@ def pick(run: Sequence[surgery.Checkpoint], loss: Any, first: int) -> tuple[dict
     return rules, best, tried
 
 
-def _exact(rig: Digits) -> dict[str, float]:
+def exact(rig: Digits, run: Sequence[surgery.Checkpoint]) -> dict[str, float]:
     """A model stitched of a run, saved and opened again, beside its sources."""
-    d = TARGETS[0]
-    run = [rig.tuned(f"{d}-at-{n}", d, steps=n, **RUN) for n in STEPS]
     rules = {g: (3 * i + 1) % len(run) for i, g in enumerate(MODULES)}
     out = rig.home / "stitched"
     stitched(run, rules).save(out, overwrite=True)
