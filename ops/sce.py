@@ -101,7 +101,7 @@ class FindShares:
     @property
     def collects(self) -> bool:
         """Whether the coming pass, which seeks the cut, can do with the squares as well."""
-        if self._search is None or self._search.sampled:
+        if self._search is None or self._search.sampled or self._search.counting:
             return False
         _, _, single, half = self._search.bounds(0)
         return not single and (half < _FEW or self._total <= _ALL)
@@ -128,7 +128,7 @@ class FindShares:
 
     def watch(self, at: At, count: int) -> _Watch | None:
         """See `surgery.ops.blocks.Watch`."""
-        if kernels() is None or self.sampled:
+        if kernels() is None or self.sampled or (self._search is not None and self._search.counting):
             return None
         return _Watch(self._search, self.collects, self._shares.cut, at)
 

@@ -2,8 +2,9 @@
 
 A sample brackets the threshold; one pass counts what lies above the bracket and gathers what lies inside; selection inside
 the bracket is exact. Where a single value is frequent (bfloat16 deltas have few distinct values) the bracket is that value
-and nothing is gathered. A bracket that turns out to miss is widened and the pass repeated, so the result never depends on
-the sample.
+and nothing is gathered. Where too much to hold is expected inside (layers that differ, so that a sample tells little) a pass
+counts by leading bits first, which narrows the bracket 256-fold. A bracket that turns out to miss is widened and the pass
+repeated, so the result never depends on the sample.
 
 Tie rule: exactly k elements are kept; among equal magnitudes the one with the lower position is (tensor order, then flat
 index).
@@ -19,6 +20,8 @@ import numpy as np
 from surgery.ops.fast import kernels
 from surgery.ops.statistics import Array, At
 
+_ROOM = 1 << 24  # numbers of an input that may be gathered: 64 MB of float32
+_BINS = 256  # that a bracket is cut into where more are expected in it
 _MANY = 1 << 21  # numbers that are not worth a histogram
 _SETS = 16  # of windows, by which the error of a sample is estimated
 _KEPT = 1 << 18  # numbers of a sample that are kept
@@ -86,6 +89,7 @@ class _Bracket:
         self.sample: Array | None = None
         self.half = 0.0
         self.single = False  # the bracket holds one value only
+        self.counting = False  # the next pass counts what lies in the bracket, by leading bits
         self.cut: Cut | None = Cut(0.0, 0, 0, 0, everything=True) if keep >= total else None
 
     @property
@@ -96,7 +100,7 @@ class _Bracket:
     def aim(self) -> None:
         """Set [low, high) from the sorted sample: `half` ranks to each side, or a single frequent value."""
         sample, middle = self.sample, 1.0 - self.keep / self.total
-        self.single = False
+        self.single, self.counting = False, 2.0 * min(self.half, 0.5) * self.total > _ROOM
         if sample is None or self.half >= 0.5:
             self.low, self.high = 0.0, np.inf
             return
@@ -105,10 +109,39 @@ class _Bracket:
         first, after = np.searchsorted(sample, value, "left"), np.searchsorted(sample, value, "right")
         if after - first > 4 * self.half * len(sample):
             self.low, self.high, self.single = float(value), float(np.nextafter(value, up)), True
+            self.counting = False
             return
         below, above = middle - self.half, middle + self.half
         self.low = float(sample[int(below * last)]) if below > 0.0 else 0.0
         self.high = float(np.nextafter(sample[min(last, int(above * last) + 1)], up)) if above < 1.0 else np.inf
+
+    def digits(self, kind: Any) -> tuple[int, int, int]:
+        """The bracket as bit patterns (from, up to but not including), and how far they are shifted to be cut into bins."""
+        dtype = np.float32 if kind == np.uint32 else np.float64
+        low, high = (int(np.array([x], dtype).view(kind)[0]) for x in (self.low, self.high))
+        return low, high, max(0, (high - low - 1).bit_length() - (_BINS - 1).bit_length())
+
+    def widen(self) -> None:
+        """The threshold is not where it was sought."""
+        self.half = min(0.5, max(0.002, self.half) * 8)
+        self.aim()
+
+    def counted(self, looks: list[tuple[int, Array, Array]]) -> None:
+        """Take in what `_in_bins` gives of all pieces: the threshold is in the bin with the last number that is kept."""
+        kind = looks[0][1].dtype.type
+        counts = np.stack([c for _, c, _ in looks]).astype(np.int64).sum(axis=0)
+        wanted = self.keep - sum(n for n, _, _ in looks)
+        if not 0 < wanted <= int(counts.sum()):
+            self.widen()
+            return
+        low, high, shift = self.digits(kind)
+        bin_ = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), wanted))
+        least, most = min(int(ends[0]) for _, _, ends in looks), max(int(ends[1]) for _, _, ends in looks)
+        low, high = max(least, low + (bin_ << shift)), min(most + 1, high, low + ((bin_ + 1) << shift))
+        dtype = np.float32 if kind == np.uint32 else np.float64
+        self.low, self.high = (float(x) for x in np.array([low, high], kind).view(dtype))
+        self.single = high - low == 1
+        self.counting = not self.single and int(counts[bin_]) > _ROOM
 
     def learn(self, windows: list[Array]) -> None:
         """Take in a sample; `half` becomes four standard errors of a rank, by how much windows, or sets of them, disagree."""
@@ -179,6 +212,11 @@ class TopK:
         for bracket in self._brackets:
             bracket.keep, bracket.total = count, total
 
+    @property
+    def counting(self) -> bool:
+        """Whether the coming pass only counts: what lies in the bounds is too much to hold."""
+        return not self.sampled and any(b.counting for b in self._brackets if b.cut is None)
+
     def bounds(self, i: int) -> tuple[float, float, bool, float]:
         """Of the coming pass over input i: where its threshold is sought, from and up to but not including; whether only
         equal numbers lie there, which are counted; and half the share of all numbers expected there (1: no idea)."""
@@ -191,7 +229,8 @@ class TopK:
     def _look(self, x: Array, bracket: _Bracket) -> Any:
         if bracket.cut is not None:
             return None
-        if not self.sampled and bracket.narrow and x.dtype == np.float32 and x.flags.c_contiguous and kernels() is not None:
+        fits = x.dtype == np.float32 and x.flags.c_contiguous and kernels() is not None
+        if not self.sampled and not bracket.counting and bracket.narrow and fits:
             watch = _Watch([bracket])
             watch.see([x])
             return watch.seen()[0]
@@ -200,6 +239,8 @@ class TopK:
             raise FloatingPointError("a magnitude is not finite")
         if self.sampled:
             return magnitude
+        if bracket.counting:
+            return _in_bins(magnitude, bracket)
         if bracket.low == 0.0 and bracket.high == np.inf:
             return 0, magnitude
         dtype = magnitude.dtype.type
@@ -213,7 +254,9 @@ class TopK:
 
     def watch(self, at: At, count: int) -> _Watch | None:
         """See `surgery.ops.blocks.Watch`."""
-        if self.sampled or kernels() is None or type(self).observe is not TopK.observe:  # which may look at something else
+        if self.sampled or self.counting or kernels() is None:
+            return None
+        if type(self).observe is not TopK.observe:  # which may look at something else
             return None
         if not all(b.narrow for b in self._brackets if b.cut is None):
             return None
@@ -235,14 +278,30 @@ class TopK:
         return [b.cut for b in self._brackets if b.cut is not None]
 
 
+def _in_bins(magnitude: Array, bracket: _Bracket) -> tuple[int, Array, Array]:
+    """(how many lie above the bracket, how many in each bin of it, the smallest and largest bit pattern in it). All words are
+    as wide as the numbers."""
+    kind: Any = np.uint32 if magnitude.dtype == np.float32 else np.uint64
+    low, high, shift = bracket.digits(kind)
+    bits = magnitude.view(kind)
+    above = bits >= kind(high)
+    inside = bits[(bits >= kind(low)) & ~above]
+    ends = np.array([inside.min(initial=high), inside.max(initial=low)], kind)
+    inside -= kind(low)
+    inside >>= kind(shift)
+    return int(np.count_nonzero(above)), np.bincount(inside.astype(np.int64), minlength=_BINS).astype(kind), ends
+
+
 def _narrow(bracket: _Bracket, pieces: list[tuple[At, Any]]) -> None:
     """Find the exact cut if it lies inside the bracket; otherwise widen the bracket for another pass."""
+    if bracket.counting:
+        bracket.counted([look for _, look in pieces])
+        return
     above = sum(n for _, (n, _) in pieces)
     inside = sum(v if isinstance(v, int) else len(v) for _, (_, v) in pieces)
     wanted = bracket.keep - above  # how many of those inside the bracket are kept
     if not 0 < wanted <= inside:
-        bracket.half = min(0.5, max(0.002, bracket.half) * 8)
-        bracket.aim()
+        bracket.widen()
         return
     if isinstance(pieces[0][1][1], int):
         threshold, ties = bracket.low, wanted

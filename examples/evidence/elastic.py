@@ -37,7 +37,7 @@ CLAIMS = [
 
 def measure(rig: Digits) -> Figures:
     made: dict[str, Any] = {}
-    long = {"steps": 600, "schedule": "constant", "warmup": 0.0, "count": 200, "lr": 1e-3}
+    long = {"steps": 600, "schedule": "constant", "warmup": 0.0, "count": 200}
     for name, average in (
         ("plain", None),
         ("elastic", {"elastic": {"decay": 0.99, "every": 100}}),

@@ -90,9 +90,10 @@ def pack_(base: str, model: str, out: str, quiet: bool, **how: Any) -> None:
     where = {k: how.pop(k) for k in ("overwrite", "threads", "memory", "shard_size", "progressive", "smallest")}
     shown = not quiet and sys.stderr.isatty()
     how |= {k: where[k] for k in ("smallest", "memory")}
+    named = how["codec"] not in (None, "auto") or how["only"] or where["progressive"] or where["smallest"]  # as asked, then
     with chosen(below, above, how, data, quiet, codec) as (choose, witness), bar(2 * total, show=shown) as advance:
         made = pack(
-            below, above, out, codec=codec, choose=choose, judge=witness, progress=advance, **where,
+            below, above, out, codec=codec, choose=choose, or_exact=not named, judge=witness, progress=advance, **where,
         )  # fmt: skip
     summary(made, quiet)
     if witness is not None and not quiet:

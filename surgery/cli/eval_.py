@@ -85,6 +85,9 @@ def _function(said: str | None) -> Any:
     help="One of the models; of two or more: effective robustness.",
 )
 @click.option("--stages", is_flag=True, help="The models are one model after each task: forgetting, backward transfer.")
+@click.option(
+    "--keep-gate", "gate", type=click.Path(dir_okay=False), metavar="FILE", help="Write what a collaborative ensemble learned."
+)
 @click.option("--measure", default="accuracy", show_default=True, help="What --stages is about.")
 @SET
 @resident_options
@@ -98,6 +101,7 @@ def command(
     ensemble: bool,
     baselines: tuple[str, ...],
     stages: bool,
+    gate: str | None,
     measure: str,
     overrides: tuple[str, ...],
     resamples: int,
@@ -105,13 +109,14 @@ def command(
     as_json: bool,
     **held: Any,
 ) -> None:
-    """Evaluate checkpoints, recipes (.yaml) and ensembles (.yaml) on tasks. Nothing is written for it.
+    """Evaluate checkpoints, recipes (.yaml) and ensembles (.yaml) on tasks. No model is written for it.
 
     \b
     Example:
       surgery eval merge.yaml --tasks tasks.yaml --set steps.merged.weight=0.4
       surgery eval merge.yaml math/ code/ --tasks tasks.yaml --reference base/ --ensemble
       surgery eval upscaled.yaml big/ --lm-eval hellaswag --lm-eval mine.yaml
+      surgery eval collaborative.yaml tuned/ --tasks tasks.yaml --keep-gate gate.json
     """
     from surgery.errors import Refused
     from surgery.lab.bootstrap import Settings
@@ -139,6 +144,9 @@ def command(
         return read_fused(model, changed) if is_fused(model) else read_recipe(model, changed)
 
     chosen = {n: opened(m) for n, m in named(models).items()}
+    home = make_resident(**held)
+    if gate is not None:
+        _learn_gate(chosen, wanted, home, gate)
     parts = list(chosen)[1:]
     if ensemble and len(models) == 1:
         found = {n: m for n, m in ingredients(chosen[next(iter(chosen))]).items() if n not in chosen}
@@ -155,7 +163,7 @@ def command(
         split=split,
         reference=reference,
         ensemble_of=parts if ensemble else (),
-        resident=make_resident(**held),
+        resident=home,
         settings=settings,
     )
     lost = None
@@ -184,6 +192,26 @@ def command(
         for name in ("final", "forgetting", "backward_transfer"):
             click.echo(f"  {name.replace('_', ' '):18} {shown(getattr(lost, name))}")
     click.echo(f"\nintervals: {level:.0%}, bootstrap with {resamples} resamples")
+
+
+def _learn_gate(chosen: dict[str, Any], tasks: Sequence[Any], home: Any, path: str) -> None:
+    """Learn the gate of the one collaborative ensemble among models, write it, and put it into the ensemble."""
+    import dataclasses
+    from pathlib import Path
+
+    from surgery.errors import Refused
+    from surgery.lab.fused import Fused, fit_gate
+
+    learning = [n for n, m in chosen.items() if isinstance(m, Fused) and m.learns]
+    if len(learning) != 1:
+        found = f"{len(learning)} of them" if learning else "no such model"
+        raise Refused(f"--keep-gate is for one collaborative ensemble whose gate is learned: {found} here")
+    if Path(path).exists():
+        raise Refused(f"--keep-gate: {path}: exists already", hint="name another file, or say gate: FILE to use that one")
+    (name,) = learning
+    made = fit_gate(chosen[name], tasks, resident=home, name=name)
+    made.save(path)
+    chosen[name] = dataclasses.replace(chosen[name], options={**chosen[name].options, "gate": made})
 
 
 def _say_robustness(found: Sequence[Robustness]) -> None:

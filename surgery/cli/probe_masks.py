@@ -27,6 +27,9 @@ def command(masks: tuple[str, ...], as_json: bool) -> None:
 
     if len(masks) < 2:
         raise Refused("give two masks or more", hint="surgery probe masks found-math/ found-code/")
+    for m in masks:
+        if (Path(m) / "results.json").exists() and not (Path(m) / "mask").exists():
+            raise Refused(f"{m}: a sweep that wrote no mask", hint="`surgery sweep` with method: graft learns masks")
     places = [str(Path(m) / "mask") if (Path(m) / "mask").is_dir() else m for m in masks]
     plain = [Path(m.rstrip("/")).name for m in masks]
     names = plain if len(set(plain)) == len(plain) else [m.rstrip("/") for m in masks]

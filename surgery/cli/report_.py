@@ -15,7 +15,7 @@ def command(results: tuple[str, ...], out: str | None, folder: str | None, title
 
     \b
     RESULT is the directory of a sweep (its results.json), or what --json of one of these printed:
-    surgery diff, surgery interference, surgery eval.
+    surgery diff, surgery interference, surgery eval, surgery probe.
 
     \b
     Example:

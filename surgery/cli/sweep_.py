@@ -17,6 +17,7 @@ from surgery.cli.options import JSON, print_json
 @click.argument("sweep", type=click.Path(dir_okay=False))
 @click.option("-o", "--out", type=click.Path(), help="Directory for results; default SWEEP without its ending, here.")
 @click.option("--resume", is_flag=True, help="Go on with a sweep that was stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at DIR, once the new sweep is whole.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be tried and what it takes; evaluate nothing.")
 @resident_options
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
@@ -25,6 +26,7 @@ def command(
     sweep: str,
     out: str | None,
     resume: bool,
+    overwrite: bool,
     only_plan: bool,
     resamples: int,
     level: float,
@@ -49,8 +51,9 @@ def command(
         return
     with _progress(show=not quiet) as told:
         made = carry_out(
-            sweep, out, resume=resume, resident=make_resident(**held), settings=Settings(resamples, level), told=told
-        )
+            sweep, out, resume=resume, overwrite=overwrite, resident=make_resident(**held),
+            settings=Settings(resamples, level), told=told,
+        )  # fmt: skip
     if as_json:
         print_json(made.as_dict())
     elif not quiet:

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.dtypes import F32
 from surgery.delta.container import Package
-from surgery.delta.decode import decoded
+from surgery.delta.decode import decoded, held
 from surgery.delta.manifest import Entry
 from surgery.delta.reference import Array
 from surgery.graph.expr import Derived, Expr, Fetch, Weighted
@@ -26,6 +26,10 @@ class Decoded(Derived):
     @property
     def identity(self) -> str:
         return f"{self.package.identity}/{self.entry.target.name}"
+
+    @property
+    def holds(self) -> int:  # type: ignore[override]
+        return held(self.entry)
 
     def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> Array:
         return decoded(self.package, self.entry, start, stop).astype(work, copy=False)

@@ -196,6 +196,32 @@ def code_lossy(
     return made
 
 
+_TRIED = 4  # chunks that say whether coding a tensor exactly may pay
+_STATED = 560  # bytes that header and manifest take for a lossy tensor beyond what they take for an exact one
+_NEAR = 1.1  # … which it may where they take no more than so many times what the lossy code does
+
+
+def code_cheaper(
+    pairing: Pairing, readers: Readers, codec: Lossy, options: Mapping[str, Any], see: See | None, exact: Exact
+) -> LossyTensor | list[Chunk]:
+    """A whole tensor with losses, or exactly where that takes fewer bytes: a change that is sparse, or an error asked for that
+    is finer than the type's own."""
+    made = code_lossy(pairing, readers, codec, options, see)
+    target, spent = pairing.target, made.coded.nbytes + _STATED
+    ranges = fingerprint.chunks(target.shape)
+    tried = {i: code_chunk(pairing, readers, exact, *ranges[i]) for i in range(0, len(ranges), -(-len(ranges) // _TRIED))}
+    share = sum(b - a for a, b in (ranges[i] for i in tried)) / max(1, target.numel)
+    if sum(len(c.payload) for c in tried.values()) > _NEAR * share * spent:
+        return made
+    chunks = [tried.get(i) or code_chunk(pairing, readers, exact, a, b) for i, (a, b) in enumerate(ranges)]
+    if sum(len(c.payload) for c in chunks) >= spent:
+        return made
+    if see is not None:
+        for a, b in ranges:
+            see(target.name, target.dtype, a, readers.raw(pairing.made, a, b))
+    return chunks
+
+
 _SPARSE = 2.0  # bits per element below which no first layer pays
 _SAID = 700  # bytes that the manifest says of one
 

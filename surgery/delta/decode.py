@@ -17,6 +17,8 @@ from surgery.delta.reference import Array
 from surgery.errors import Refused
 
 _SPARE = 1 << 16
+_CHUNK = 48 * 10**6  # a chunk's symbols, contexts and tables, at the most
+_FACTORS = 256 << 20  # of products: what `memo` keeps of them
 _last = threading.local()  # the masked chunk that each thread made last: the engine's pieces are smaller
 
 
@@ -47,6 +49,13 @@ def decoded(package: Package, entry: Entry, start: int, stop: int) -> Array:
         made[at - start : end - start] = _masked(package, entry, first)[at - first : end - first]
         at = end
     return made
+
+
+def held(entry: Entry) -> int:
+    """Bytes that decoding any range of a tensor's first layer takes, beside what comes out."""
+    codec = LOSSY.get(entry.layer["codec"]) if entry.layer is not None and entry.lossy else None
+    factors = min(_FACTORS, 8 * entry.target.numel) if getattr(codec, "matrix", False) else 0
+    return factors + (_CHUNK if entry.lossy else 0)
 
 
 def shared(package: Package, name: str, start: int, stop: int) -> Array:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from surgery.checkpoint.dtypes import DType
 from surgery.checkpoint.layout import parse_size
@@ -20,7 +20,7 @@ from surgery.delta import fingerprint
 from surgery.delta.codecs import fast
 from surgery.delta.codecs.base import Lossy
 from surgery.delta.codecs.exact import ULP, Exact
-from surgery.delta.coding import Chunk, LossyTensor, Pairing, Readers, code_chunk, code_lossy, code_smaller
+from surgery.delta.coding import Chunk, LossyTensor, Pairing, Readers, code_cheaper, code_chunk, code_lossy, code_smaller
 from surgery.delta.entries import BaseHashes, hashes, said_of, unknown
 from surgery.delta.layer import Layer
 from surgery.delta.lookahead import Call, ahead
@@ -78,6 +78,7 @@ def pack(
     choose: Choose | None = None,
     progressive: bool = False,
     smallest: bool = False,
+    or_exact: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
@@ -90,6 +91,7 @@ def pack(
     codec: for what is carried exactly. choose: target tensor -> (lossy codec, options), None for those carried exactly;
     without it the package is exact. progressive: what was chosen is a first layer, and an exact residual comes after it.
     smallest: the same, but only where first layer and residual are smaller than the tensor without.
+    or_exact: what was chosen is carried exactly where that takes fewer bytes than the lossy code.
     memory: bytes, or text like "1GB", that tensors which are coded with losses at the same time may take together; a larger
     one is coded alone. shard_size: bytes of a file at the most; the package is then an index with shards, if it needs several.
     judge: sees what lossy tensors are rebuilt to; what it concludes goes into the manifest.
@@ -99,8 +101,8 @@ def pack(
     if (progressive or smallest) and choose is None:
         raise Refused("a progressive package needs a first layer", hint="give --bits, --max-error or --codec")
     limit = None if memory is None else parse_size(memory)
-    residual, told = (progressive, smallest), progress or (lambda n: None)
-    job = _Job(base, model, codec, choose, residual, workers(threads), limit, judge, told)
+    ways, told = Ways(progressive, smallest, or_exact), progress or (lambda n: None)
+    job = _Job(base, model, codec, choose, ways, workers(threads), limit, judge, told)
     refuse_place(Path(out), [base, model], job.files)
     names = job.target.part_names(job.expected())
     writer = PackageWriter(Path(out), names, overwrite=overwrite, shard=None if shard_size is None else parse_size(shard_size))
@@ -136,6 +138,21 @@ def weights_only(node: Node, what: str) -> None:
         raise Refused(f"the {what} of a package must be weights; this one is a delta", hint="add it to its base first")
 
 
+def mode(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The manifest's `mode`, by what became of every tensor."""
+    if any("residual" in said for said in tensors.values()):
+        return "progressive"
+    return "lossy" if any("error" in said.get("layer", ()) for said in tensors.values()) else "exact"
+
+
+class Ways(NamedTuple):
+    """What becomes of tensors that are chosen for a lossy codec; at most one holds, and without any they are coded so."""
+
+    progressive: bool = False
+    smallest: bool = False
+    or_exact: bool = False
+
+
 class _Job:
     def __init__(
         self,
@@ -143,7 +160,7 @@ class _Job:
         model: Node,
         codec: Exact,
         choose: Choose | None,
-        residual: tuple[bool, bool],
+        ways: Ways,
         threads: int,
         memory: int | None,
         judge: Judge | None,
@@ -152,7 +169,7 @@ class _Job:
         weights_only(base, "base")
         weights_only(model, "model")
         reuse_freed_memory()
-        self._codec, self._choose, (self._residual, self._smallest) = codec, choose, residual
+        self._codec, self._choose, self._ways = codec, choose, ways
         self._base, self._threads, self._judge, self._progress = base, threads, judge, progress
         self._memory, self._most = (MEMORY, available()) if memory is None else (memory, memory)
         self.stored, self.target = stored_tensors(base), Target(model)
@@ -172,8 +189,8 @@ class _Job:
     def expected(self) -> dict[str, list[str]]:
         """Parts of lossy tensors to leave room for in the header. What they are called is known later; room is made then if
         need be."""
-        some = ["payload"] * 4 + (["residual"] if self._residual else [])
-        return {} if self._choose is None or self._smallest else {  # smallest: most may come to nothing
+        some = ["payload"] * 4 + (["residual"] if self._ways.progressive else [])
+        return {} if self._choose is None or self._ways.smallest else {  # smallest: most may come to nothing
             name: some for name, tensor in self.target.tensors.items() if self._choose(tensor) is not None
         }  # fmt: skip
 
@@ -206,12 +223,11 @@ class _Job:
         if tensors and pairs and not used and self._looks_unrelated(tensors):
             self.warnings.append("hardly anything is saved by this base: is it the one that the model was made from?")
         self.target.write_headers(writer)
-        progressive = any("residual" in e for e in tensors.values())
         judged = {} if self._judge is None else self._judge.conclude()
         return {
-            "spec": 2 if progressive else 1,
+            "spec": 2 if mode(tensors) == "progressive" else 1,
             "producer": f"weight-surgery {__version__}",
-            "mode": "progressive" if progressive else self._mode,
+            "mode": mode(tensors),
             "base": base,
             "target": self.target.said(tensors),
             "tensors": tensors,
@@ -219,10 +235,6 @@ class _Job:
             "dropped": dropped(self.base, used_names(tensors)),
             "files": self.target.write_files(writer, self._base),
         }
-
-    @property
-    def _mode(self) -> str:
-        return "exact" if self._choose is None or self._residual or self._smallest else "lossy"
 
     def _planned(self, name: str, base: str | None) -> tuple[tuple[Pairing, Choice | None], list[Call]]:
         """A tensor with how it is coded, and the work that this is."""
@@ -233,12 +245,16 @@ class _Job:
         choice = self._choice(pairing)
         if choice is None:
             return (pairing, None), exact_calls(pairing, self._readers, self._codec)
-        if self._smallest:
-            work = (pairing, self._readers, *choice, self._codec)
-            return (pairing, choice), [(room(choice, target, self._most), code_smaller, work)]
+        code: Callable[..., Any]
+        work: tuple[Any, ...] = (pairing, self._readers, *choice)
         see = None if self._judge is None else self._judge.see
-        calls = [(room(choice, target, self._most), code_lossy, (pairing, self._readers, *choice, see, self._residual))]
-        return (pairing, choice), calls
+        if self._ways.smallest:
+            code, work = code_smaller, (*work, self._codec)
+        elif self._ways.or_exact:
+            code, work = code_cheaper, (*work, see, self._codec)
+        else:
+            code, work = code_lossy, (*work, see, self._ways.progressive)
+        return (pairing, choice), [(room(choice, target, self._most), code, work)]
 
     def _choice(self, pairing: Pairing) -> Choice | None:
         if self._choose is None or pairing.base is None or pairing.base.shape != pairing.target.shape:

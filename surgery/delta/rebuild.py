@@ -18,7 +18,7 @@ from surgery.checkpoint.stored import Stored
 from surgery.delta import fingerprint
 from surgery.delta.codecs.exact import ALONE, EXACT, Hint
 from surgery.delta.container import Package
-from surgery.delta.decode import chunk_payload, decoded
+from surgery.delta.decode import chunk_payload, decoded, held
 from surgery.delta.manifest import Entry, Tensor, bad
 from surgery.delta.reference import Array, check_leaf, leaf_range, reference
 from surgery.engine import convert
@@ -43,6 +43,12 @@ class Rebuilt(Derived):
     @property
     def identity(self) -> str:
         return f"{self.package.identity}/{self.entry.target.name}"
+
+    @property
+    def holds(self) -> int:  # type: ignore[override]
+        """A chunk with what it is made of, whatever its piece."""
+        chunk = 4 * self.dtype.size * min(self.numel, fingerprint.step_of(self.shape))
+        return chunk + held(self.entry)
 
     def bits(self, fetch: Fetch, start: int, stop: int) -> Array:
         size, step = self.dtype.size, fingerprint.step_of(self.shape)
@@ -81,7 +87,7 @@ class Rebuilt(Derived):
         raw = fetch.raw(self.args[0], *leaf_range(base, start))
         implied = self._implies(base, payload, len(raw), stop - start)
         if len(raw) and not implied:
-            check_leaf(base, start, raw, self.base_name)
+            check_leaf(base, start, raw, self.base_name, self.package.path)
         try:
             ref, hint = reference(base, entry.target, raw, stop - start), None
             if entry.lossy:
@@ -93,7 +99,7 @@ class Rebuilt(Derived):
             self._check(start, made)
         except Refused:
             if implied:  # whose fault is it?
-                check_leaf(base, start, fetch.raw(self.args[0], *leaf_range(base, start)), self.base_name)
+                check_leaf(base, start, fetch.raw(self.args[0], *leaf_range(base, start)), self.base_name, self.package.path)
             raise
         return made
 

@@ -26,11 +26,11 @@ def leaf_range(base: Tensor, start: int) -> tuple[int, int]:
     return min(start, total), min(start + fingerprint.step_of(base.shape), total)
 
 
-def check_leaf(base: Tensor, start: int, raw: Array, where: str) -> None:
-    """Refuse a chunk of a base that is not the base that the package was made from."""
+def check_leaf(base: Tensor, start: int, raw: Array, where: str, package: str) -> None:
+    """Refuse a chunk of the base `where` that is not the base that `package` was made from."""
     if not base.holds(start, raw):
         raise Refused(
-            f"{where}: not the base of this package: `{base.name}` has other values",
+            f"{where} is not the base of {package}: `{base.name}` has other values",
             hint="`surgery delta inspect` names the base and its revision; nothing has been written",
         )
 

@@ -84,6 +84,7 @@ class Price:
     torch: bool
     streams: bool = False  # inputs are read over the network, ahead of the work
     lanes: int = 0  # what a worker needs to hand pieces to a device, and
+    beside: int = 0  # what making a piece of a derived tensor takes beside it
     context: int = 0  # what the device's driver takes of this process's memory
 
 

@@ -9,7 +9,7 @@ from surgery.checkpoint.source import RemoteState
 from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
 from surgery.engine.reader import stream_room
-from surgery.graph.expr import Applied, Expr, Literal, Mapped, Measure, Read
+from surgery.graph.expr import Applied, Derived, Expr, Literal, Mapped, Measure, Read
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
@@ -20,7 +20,7 @@ PER_PROGRAM = 3000  # plan and journal, per output tensor
 
 def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], size: int) -> Price:
     """Bytes read in each pass, bytes written, and what a worker must hold."""
-    read = buffers = whole = 0
+    read = buffers = whole = beside = 0
     torch = False
     for program in programs:
         exprs = program.below
@@ -28,13 +28,14 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
         buffers = max(buffers, len(exprs) + 1)
         if program.whole:
             whole = max(whole, _held(exprs, program.wide))
+        beside = max(beside, max((e.holds for e in exprs if isinstance(e, Derived)), default=0))
         torch = torch or any(isinstance(e, Literal | Mapped) or (isinstance(e, Applied) and _wants_torch(e)) for e in exprs)
     early = [m for group in prepasses for m in group]
     passes = {f"{op} over the model": n for op, n in passes_of(early).items()}
     for op, n in passes_of(m for p in programs for m in p.measures).items():
         passes[f"{op} per tensor"] = n
     streams = any(isinstance(state, RemoteState) for state in _states(programs))
-    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch, streams)
+    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch, streams, beside=beside)
 
 
 def _states(programs: Sequence[Program]) -> Iterator[Any]:
@@ -63,8 +64,8 @@ def _wants_torch(e: Applied) -> bool:
 
 def peak_memory(cost: Price, programs: int, threads: int) -> int:
     """Expected peak resident memory of a run, in bytes."""
-    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1) + cost.lanes
+    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1) + cost.lanes + cost.beside
     fixed = INTERPRETER + cost.context + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
     fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
-    fixed += stream_room() if cost.streams else 0
+    fixed += (stream_room() if cost.streams else 0) + cost.beside  # once more: what stays unpacked for the next piece
     return fixed + threads * (worker + cost.whole_tensor)

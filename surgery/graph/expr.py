@@ -119,6 +119,7 @@ class Derived(Expr):
     __slots__ = ("args",)
     exact = False
     whole = False
+    holds = 0  # bytes that making a piece takes beside it: what is unpacked on the way
 
     def __init__(self, args: Sequence[Expr], shape: tuple[int, ...], dtype: DType, origin: Any) -> None:
         super().__init__(shape, dtype, origin)

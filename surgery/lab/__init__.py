@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.lab.bootstrap import Estimate, Settings
     from surgery.lab.evaluation import Report, evaluate
-    from surgery.lab.fused import Fused, fuse
+    from surgery.lab.fused import Fused, fit_gate, fuse
+    from surgery.lab.gate import Gate
     from surgery.lab.judge import Result
     from surgery.lab.path import Barrier, barrier
     from surgery.lab.resident import Resident
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Barrier": "path", "Contribution": "tuco", "contribution": "tuco", "Fused": "fused", "fuse": "fused",
+    "fit_gate": "fused", "Gate": "gate",
     "Estimate": "bootstrap", "Forgetting": "sequence", "Report": "evaluation", "Resident": "resident",
     "Result": "judge", "Settings": "bootstrap", "Task": "tasks", "barrier": "path", "beside": "together",
     "evaluate": "evaluation", "forgetting": "sequence", "make_task": "tasks", "read_tasks": "tasks", "sweep": "search",
 }  # fmt: skip
 __all__ = [
-    "Barrier", "Contribution", "Estimate", "Forgetting", "Fused", "Report", "Resident", "Result", "Settings", "Task", "barrier",
-    "beside", "contribution", "evaluate", "forgetting", "fuse", "make_task", "read_tasks", "sweep",
+    "Barrier", "Contribution", "Estimate", "Forgetting", "Fused", "Gate", "Report", "Resident", "Result", "Settings", "Task",
+    "barrier", "beside", "contribution", "evaluate", "fit_gate", "forgetting", "fuse", "make_task", "read_tasks", "sweep",
 ]  # fmt: skip
 
 

@@ -33,12 +33,7 @@ class Choice(Task):
             raise self.refuse(f"normalise must be one of {', '.join(NORMALISE)}, got {self.said['normalise']!r}")
 
     def run(self, subject: Subject, split: str) -> Labelled:
-        check_causal(self, subject)
-        table = self.once(("table", split), lambda: read_table(*self.place(split), self.said.get("limit")))
-        options, labels = self.once(("options", split), lambda: self._options(table))
-        ids, skipped = self.once(
-            (split, subject.tokenizer, subject.positions), lambda: self._tokenised(subject, table, options)
-        )
+        options, labels, ids, skipped = self._read(subject, split)
         scores = iter(token_scores(subject, ids, skipped, self.said.get("batch")))
         out = np.full((len(options), max(map(len, options))), -np.inf)
         kind = self.said.get("normalise", "none")
@@ -48,6 +43,21 @@ class Choice(Task):
                 size = {"none": 1, "tokens": len(found), "bytes": len(text.encode())}[kind]
                 out[i, j] = found.sum() / size
         return Labelled(out, labels)
+
+    def right_options(self, subject: Subject, split: str) -> tuple[list[list[int]], list[int]]:
+        """Prompt and right option of every row as tokens, and how many of them come before the option's own."""
+        options, labels, ids, skipped = self._read(subject, split)
+        starts = np.cumsum([0, *map(len, options)])[:-1] + labels
+        return [ids[i] for i in starts], [skipped[i] for i in starts]
+
+    def _read(self, subject: Subject, split: str) -> tuple[list[list[str]], Any, list[list[int]], list[int]]:
+        check_causal(self, subject)
+        table = self.once(("table", split), lambda: read_table(*self.place(split), self.said.get("limit")))
+        options, labels = self.once(("options", split), lambda: self._options(table))
+        ids, skipped = self.once(
+            (split, subject.tokenizer, subject.positions), lambda: self._tokenised(subject, table, options)
+        )
+        return options, labels, ids, skipped
 
     def _options(self, table: Table) -> tuple[list[list[str]], Any]:
         said = self.said.get("choices", "choices")

@@ -7,6 +7,7 @@ next tokens alike.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,35 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A parameter that is one of some words; with `read`, also what `read(path)` makes of a file, or such a thing itself."""
+
+    default: str
+    known: tuple[str, ...]
+    read: Callable[[Any], Any] | None = None
+
+    def check(self, name: str, value: Any, locate: Callable[[Any], Any]) -> Any:
+        """The word or what was read, or Refused. locate: the path that a text stands for."""
+        if isinstance(value, str) and value in self.known:
+            return value
+        if self.read is not None and isinstance(value, str | os.PathLike) and value:
+            return self.read(locate(value))
+        if self.read is not None and hasattr(value, "tuned"):
+            return value
+        more = ", or a file" if self.read is not None else ""
+        raise Refused(f"`{name}` must be one of {', '.join(self.known)}{more}, got {value!r}")
+
+
+def _gate(path: Any) -> Any:
+    from surgery.lab.gate import Gate
+
+    return Gate.read(path)
+
+
+@dataclass(frozen=True)
 class Kind:
     """roles: names of the members, in order; the first one is what the whole stands for (classes, tokenizer). several: roles
-    that take a list. numbers: parameters. weighted: a list `weights`, one per member, is taken too."""
+    that take a list. numbers, words: parameters. weighted: a list `weights`, one per member, is taken too."""
 
     name: str
     roles: tuple[str, ...]
@@ -48,11 +75,23 @@ class Kind:
     several: tuple[str, ...] = ()
     numbers: Mapping[str, Number] | None = None
     weighted: bool = False
+    words: Mapping[str, Word] | None = None
 
 
 KINDS: dict[str, Kind] = {}
-# The one kind that reaches into its members: see `traced`.
+# Kinds that are more than a function of predictions: one reaches into its members (`traced`), one has to be fitted (`gated`).
 CONTRIBUTION = Kind("contribution", ("tuned", "base"), lambda: None, numbers={"gamma": Number(1.0, float("-inf"))})
+COLLABORATIVE = Kind(
+    "collaborative",
+    ("tuned", "base"),
+    lambda: None,
+    numbers={"penalty": Number(1e-3, 0.0), "examples": Number(2000.0, 1.0), "seed": Number(0.0, 0.0)},
+    words={
+        "gate": Word("learned", ("learned", "oracle"), _gate),
+        "features": Word("predictions", ("predictions", "hidden", "both")),
+    },
+)
+MODULES = {k.name: k for k in (CONTRIBUTION, COLLABORATIVE)}
 
 
 def kind(name: str, *roles: str, several: Sequence[str] = (), weighted: bool = False, **numbers: Number) -> Any:

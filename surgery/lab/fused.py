@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import Refused, did_you_mean
-from surgery.lab.combine import CONTRIBUTION, KINDS, Kind
+from surgery.lab.combine import COLLABORATIVE, CONTRIBUTION, KINDS, MODULES, Kind
 from surgery.lab.resident import Resident
 from surgery.lab.subject import Subject
 
@@ -22,13 +22,18 @@ KEY = "ensemble"
 
 @dataclass(frozen=True)
 class Fused:
-    """kind: one of `combine.KINDS`, or "contribution". members: role -> models, as `evaluate` takes them. options: the kind's
+    """kind: one of `combine.KINDS` or `combine.MODULES`. members: role -> models, as `evaluate` takes them. options: the kind's
     parameters."""
 
     kind: str
     members: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = KEY
+
+    @property
+    def learns(self) -> bool:
+        """True where a gate has to be fitted first."""
+        return self.kind == COLLABORATIVE.name and self.options.get("gate", "learned") == "learned"
 
 
 def fuse(kind: str, *, name: str = KEY, **said: Any) -> Fused:
@@ -63,9 +68,7 @@ def read_fused(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     if other:
         raise Refused(f"{document.place(other[0])}: unknown key `{other[0]}` beside `{KEY}`")
     if not isinstance(said, dict) or not isinstance(said.get("kind"), str):
-        raise Refused(
-            f"{document.place(KEY)}: `{KEY}` is a map with a `kind`", hint=f"known: {', '.join([*KINDS, CONTRIBUTION.name])}"
-        )
+        raise Refused(f"{document.place(KEY)}: `{KEY}` is a map with a `kind`", hint=f"known: {', '.join([*KINDS, *MODULES])}")
 
     def beside(location: Any) -> Any:
         if not isinstance(location, str) or not location:
@@ -95,23 +98,25 @@ def _checked(kind: str, said: Mapping[str, Any], name: str, locate: Callable[[An
             raise Refused(f"`{role}` names {len(listed)} model, expected two or more")
         members[role] = [locate(m) for m in listed]
     options: dict[str, Any] = {}
+    numbers, words = made.numbers or {}, made.words or {}
     for key, value in said.items():
-        numbers = made.numbers or {}
-        if key in numbers:
+        if key in words:
+            options[key] = words[key].check(key, value, locate)
+        elif key in numbers:
             options[key] = numbers[key].check(key, value)
         elif key == "weights" and made.weighted:
             options[key] = _weights(value, len(members["members"]))
         elif key not in made.roles:
-            known = [*made.roles, *numbers, *(["weights"] if made.weighted else [])]
+            known = [*made.roles, *numbers, *words, *(["weights"] if made.weighted else [])]
             raise Refused(f"`{kind}` has no key `{key}`", hint=did_you_mean(key, known) or f"its keys are {', '.join(known)}")
     return Fused(kind, members, options, name)
 
 
 def _kind(name: str) -> Kind:
-    if name == CONTRIBUTION.name:
-        return CONTRIBUTION
+    if name in MODULES:
+        return MODULES[name]
     if name not in KINDS:
-        known = [*KINDS, CONTRIBUTION.name]
+        known = [*KINDS, *MODULES]
         raise Refused(
             f"there is no `kind` of ensemble {name!r}", hint=did_you_mean(name, known) or f"known: {', '.join(known)}"
         )
@@ -125,8 +130,9 @@ def _weights(value: Any, count: int) -> list[float]:
     return [float(v) for v in value]
 
 
-def alive(spec: Fused, name: str, resident: Resident, subject: Callable[..., Subject]) -> Subject:
-    """All members alive at once, as one subject. subject: `Evaluator.subject`. Raises Refused where they do not go together."""
+def alive(spec: Fused, name: str, resident: Resident, subject: Callable[..., Subject], tasks: Sequence[Any] = ()) -> Subject:
+    """All members alive at once, as one subject. subject: `Evaluator.subject`. tasks: what a gate is learned on. Raises Refused
+    where they do not go together."""
     found: dict[str, list[Subject]] = {role: [] for role in spec.members}
     for number, (role, i, model) in enumerate((r, i, m) for r, ms in spec.members.items() for i, m in enumerate(ms)):
         home = resident if number == 0 else resident.beside(f"{role}/{i}")
@@ -134,6 +140,8 @@ def alive(spec: Fused, name: str, resident: Resident, subject: Callable[..., Sub
     everyone = [s for group in found.values() for s in group]
     first = everyone[0]
     _go_together(name, everyone)
+    if spec.kind == COLLABORATIVE.name:
+        return _gated(spec, name, found, tasks)
     if spec.kind == CONTRIBUTION.name:
         from surgery.lab.traced import Traced
 
@@ -143,6 +151,34 @@ def alive(spec: Fused, name: str, resident: Resident, subject: Callable[..., Sub
 
         module = made_module(KINDS[spec.kind], found, spec.options)
     return dataclasses.replace(first, module=module, name=name, forward=None, loaded=first.loaded)
+
+
+def _gated(spec: Fused, name: str, found: Mapping[str, list[Subject]], tasks: Sequence[Any]) -> Subject:
+    """One of two members speaks at every prediction; a gate that is to be learned is learned here."""
+    from surgery.lab.gated import Gated, fitted
+
+    numbers, words = COLLABORATIVE.numbers or {}, COLLABORATIVE.words or {}
+    defaults = {k: n.default for k, n in numbers.items()} | {k: w.default for k, w in words.items()}
+    options: dict[str, Any] = {**defaults, **spec.options}
+    tuned, base = found["tuned"][0], found["base"][0]
+    module = Gated(name, tuned, base, options)
+    made = dataclasses.replace(tuned, module=module, name=name, forward=None, loaded=tuned.loaded)
+    if module.gate == "learned":
+        module.gate = fitted(made, tasks, options)
+    return made
+
+
+def fit_gate(
+    spec: Fused | str | os.PathLike[str], tasks: Any, *, resident: Resident | None = None, name: str | None = None
+) -> Any:
+    """Learn the gate of a collaborative ensemble on the validation splits of tasks: a `gate.Gate`, to be saved or given to
+    `fuse("collaborative", …, gate=…)`. Raises Refused."""
+    from surgery.lab.evaluation import Evaluator
+
+    spec = spec if isinstance(spec, Fused) else read_fused(spec)
+    if not spec.learns:
+        raise Refused(f"{name or spec.name}: has no gate to learn", hint="ensemble: {kind: collaborative, gate: learned, …}")
+    return Evaluator(tasks, resident=resident).subject(spec, name).module.gate
 
 
 def _go_together(name: str, members: Sequence[Subject]) -> None:

@@ -34,6 +34,7 @@ class Together(nn.Module):
         self.members = nn.ModuleList(dict.fromkeys(s.module for s in self.subjects))
         self.config = getattr(self.subjects[0].module, "config", None)
         self.stands_for = self.subjects[0].kind
+        self.classes = 0  # that the last predictions told apart
 
     def get_input_embeddings(self) -> Any:
         """Of the first member."""
@@ -49,16 +50,19 @@ class Together(nn.Module):
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         """logits: normalised log-probabilities, float32."""
-        inputs = {k: v for k, v in inputs.items() if k not in ("use_cache", "past_key_values", "labels")}
-        found = [self._predicted(s, args, inputs) for s in self.subjects]
-        width = _common_width(self.subjects, [f.shape[-1] for f in found])
-        ready = [torch.log_softmax(f[..., :width].float(), dim=-1) for f in found]
+        ready = self.predictions(args, inputs)
         grouped, at = [], 0
         for role, size in zip(self.kind.roles, self.sizes, strict=True):
             grouped.append(ready[at : at + size] if role in self.kind.several else ready[at])
             at += size
-        logits = self.kind.combine(*grouped, **self.options)
-        return logits if args and not inputs else _Output(logits=logits)
+        return output(self.kind.combine(*grouped, **self.options), args, inputs)
+
+    def predictions(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> list[Any]:
+        """Of every member: normalised log-probabilities, float32, of the classes that all tell apart."""
+        inputs = {k: v for k, v in inputs.items() if k not in ("use_cache", "past_key_values", "labels")}
+        found = [self._predicted(s, args, inputs) for s in self.subjects]
+        self.classes = _common_width(self.subjects, [f.shape[-1] for f in found])
+        return [torch.log_softmax(f[..., : self.classes].float(), dim=-1) for f in found]
 
     def _predicted(self, subject: Subject, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Any:
         if args and not inputs and subject.forward is not None:
@@ -66,6 +70,11 @@ class Together(nn.Module):
         else:
             made = subject.module(*args, **inputs)
         return getattr(made, "logits", made)
+
+
+def output(logits: Any, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Any:
+    """Logits as a plain module gives them for positional arguments, and as transformers' models do for named ones."""
+    return logits if args and not inputs else _Output(logits=logits)
 
 
 def _common_width(subjects: Sequence[Subject], widths: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from surgery.lab import best, presets, propose, soups
 from surgery.lab.bootstrap import Settings
 from surgery.lab.evaluation import Evaluator, plan_of
 from surgery.lab.goals import Goal
+from surgery.lab.replacing import replacing
 from surgery.lab.resident import Resident
 from surgery.lab.space import Search, read_search
 from surgery.lab.trials import Directory, Trial, Trials, pareto, write_csv
@@ -63,6 +64,7 @@ def sweep(
     out: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     resident: Resident | None = None,
     settings: Settings | None = None,
     told: Told | None = None,
@@ -70,12 +72,15 @@ def sweep(
     """Carry out the sweep that a file describes; see docs/lab.md for its keys.
 
     out: directory for trials.jsonl, results.csv, results.json and best.yaml; default the file's name without its ending, in
-    the working directory. resume: go on with what is there. told: called after each trial with the trial, the best one so
+    the working directory. resume: go on with what is there. overwrite: replace what is there once the sweep is whole; until
+    then it is made in OUT.partial, where `resume` then goes on. told: called after each trial with the trial, the best one so
     far, and how many there will be (None where that depends on what is found). Raises Refused.
     """
     search = read_search(path)
     folder = Path(out) if out is not None else Path(Path(path).stem)
     evaluator = Evaluator(search.tasks, resident=resident, settings=settings)
+    output = replacing(folder, search, resume=resume) if overwrite else None
+    final, folder = folder, folder if output is None else output.directory
     directory = Directory(folder, search, resume=resume)
     try:
         recipe, members = presets.write_recipes(search, folder)
@@ -107,7 +112,10 @@ def sweep(
             learned = learn.coefficients(search, recipe, trials, evaluator.resident, folder)
         else:
             propose.sampled(search, trials, folder)
-        return _concluded(search, recipe, trials, directory, evaluator, goals, learned)
+        made = _concluded(search, recipe, trials, directory, evaluator, goals, learned)
+        if output is not None:
+            output.publish()
+        return replace(made, out=final)
     except Refused:
         if not directory.lines and not resume:
             directory.abandon()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class Directory:
         if path.exists() and not path.is_dir():
             raise Refused(f"{path}: is in the way", hint="choose another -o")
         if begun and not resume:
-            raise Refused(f"{path}: already holds a sweep", hint="--resume goes on with it, or choose another -o")
+            raise Refused(f"{path}: already holds a sweep", hint="--resume goes on with it, --overwrite replaces it")
         if not begun and path.is_dir() and any(path.iterdir()):
-            raise Refused(f"{path}: is not empty and holds no sweep", hint="choose another -o")
+            raise Refused(f"{path}: is not empty and holds no sweep", hint="choose another -o, or --overwrite to replace it")
         if resume and not begun:
             raise Refused(f"{path}: there is no sweep to resume", hint="run without --resume")
         path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +126,21 @@ def identity(search: Search) -> str:
     for path in (search.recipe, search.tasks_path):
         if path is not None:
             digest.update(path.read_bytes() if path.exists() else b"")
+    for file in _data(search):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}".encode())
+    for file_path, state in _weights(search):
+        digest.update(f"{Path(file_path).name}\0{state.size}\0{state.mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def read_files(search: Search) -> list[Path]:
+    """Every local file that a sweep reads: its own, the recipe's, the tasks', the data, and the models."""
+    said = [p for p in (search.path, search.recipe, search.tasks_path) if p is not None]
+    heads = [t.beside(t.said["head"]) for t in search.tasks if "head" in t.said]
+    return [*said, *heads, *_data(search), *(Path(p) for p, _ in _weights(search))]
+
+
+def _data(search: Search) -> Iterator[Path]:
     for task in search.tasks:
         for split in task.splits:
             said = task.said[split]
@@ -133,15 +148,16 @@ def identity(search: Search) -> str:
             for place in places:
                 for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
                     if file.is_file():
-                        digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}".encode())
+                        yield file
+
+
+def _weights(search: Search) -> Iterator[tuple[str, Any]]:
     for location in search.inputs():
         try:
             plan = plan_of(location)
         except SurgeryError:
             continue  # a recipe that only some of its points can be made of; what is wrong is said when it is tried
-        for file_path, state in sorted(plan.files.items() if plan is not None else ()):
-            digest.update(f"{Path(file_path).name}\0{state.size}\0{state.mtime_ns}".encode())
-    return digest.hexdigest()
+        yield from sorted(plan.files.items() if plan is not None else ())
 
 
 Values = dict[str, dict[str, dict[str, Any]]]

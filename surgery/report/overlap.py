@@ -1,4 +1,4 @@
-"""`surgery probe overlap --json` as a section: the skill-overlap matrix, and where it comes from."""
+"""`surgery probe overlap --json` and `probe masks --json` as sections: the skill-overlap matrix, and where it comes from."""
 
 from __future__ import annotations
 
@@ -33,3 +33,19 @@ def section(data: Mapping[str, Any], name: str, title: str | None = None) -> Sec
                      [[x["layer"], x["elements"], *(v[k] for v in per.values())] for k, x in enumerate(layers)])),
     ]  # fmt: skip
     return Section(name, title or "Where skills lie", facts, [], parts)
+
+
+def masks(data: Mapping[str, Any], name: str, title: str | None = None) -> Section:
+    """data: as `surgery.lab.overlap.Overlap.as_dict` gives it."""
+    names, matrix, count = data["masks"], data["overlap"], len(data["masks"])
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    i, j = max(pairs, key=lambda p: matrix[p[0]][p[1]])
+    apart = [[None if a == b else v for b, v in enumerate(row)] for a, row in enumerate(matrix)]
+    by_chance = ["by chance", None, *data["chance"]]
+    table = Table("matrix", "Overlap of learned masks", [Column("mask of"), Column("entries"), *map(Column, names)],
+                  [*([n, data["entries"][k], *matrix[k]] for k, n in enumerate(names)), by_chance])  # fmt: skip
+    most = f"Most common: of {names[i]} {number(matrix[i][j], '.3f')} in {names[j]}"
+    figure = Figure("matrix", "Overlap of learned masks", f"{most}, by chance {number(data['chance'][j], '.3f')}.",
+                    heat(names, names, apart, "share of the row's mask", x="also in the mask of", y="mask of"),
+                    (6.0, max(3.0, 0.42 * count + 1.6)), table)  # fmt: skip
+    return Section(name, title or "Overlap of learned masks", [("masks", ", ".join(names))], [], [figure])

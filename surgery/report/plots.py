@@ -71,8 +71,10 @@ def heat(
         table = np.array([_gaps(row) for row in values], float).reshape(len(rows), len(columns))
         known = table[np.isfinite(table)]
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-        least = 1e-6 * max(abs(low), abs(high), 1e-300)  # rounding is no difference
-        scale = Normalize(low, max(high, low + least))
+        if high - low <= 1e-6 * max(abs(low), abs(high)):  # rounding is no difference: one colour, on a scale that can be read
+            around = 0.05 * abs(low) or 0.5
+            low, high = low - around, high + around
+        scale = Normalize(low, high)
         axes, colours = canvas.subplots(), colormaps[palette.gradient]
         room = 12 if canvas.get_figwidth() >= _NARROW else 5
         axes.grid(False)
@@ -91,6 +93,8 @@ def heat(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         bar = canvas.colorbar(ScalarMappable(scale, colours), ax=axes, label=label)
+        bar.formatter.set_useOffset(False)
+        bar.update_ticks()
         bar.outline.set_visible(False)
         bar.solids.set_rasterized(False)
         bar.solids.set_edgecolor("face")

@@ -20,6 +20,7 @@ KINDS: list[tuple[str, set[str], Make, str]] = [
     ("difference", {"a", "b", "layers", "tensors", "total"}, difference.section, "Difference"),
     ("interference", {"models", "layers", "tensors", "total", "skipped"}, interference.section, "Interference"),
     ("overlap", {"models", "overlap", "sizes", "by_layer"}, overlap.section, "Overlap of skills"),
+    ("masks", {"masks", "entries", "overlap", "chance"}, overlap.masks, "Overlap of learned masks"),
     ("path", {"lines"}, paths.section, "Path"),
     ("layers", {"profiles"}, profiles.section, "Layers one by one"),
     ("contribution", {"contributions"}, profiles.contribution, "Contribution of fine-tuning"),

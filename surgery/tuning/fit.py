@@ -21,6 +21,7 @@ from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import LowRank, Mixout, Pull
 from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
+from surgery.tuning.structured import Adapters, split
 from surgery.tuning.tasks import quiet
 from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
 
@@ -38,6 +39,7 @@ class Fitted:
     phases: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
     masks: dict[str, Any] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)  # matrices with a low-rank change
 
 
 @dataclass
@@ -84,24 +86,50 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
             masks, phases["gating"] = _gated(given, parts, settings, folder, save=save, resume=resume, progress=progress)
         tuner = _tuner(given, parts, settings, folder, save=save, progress=progress)
         at = last_whole(folder) if resume else None
-        _equip(tuner, given, settings, masks, resumed=at is not None)
-        set_seed(settings.seed)
-        tuner.train(resume_from_checkpoint=at)
-        changed = tuner.average is not None and tuner.average.finish()
-        if changed:
-            _renew_batch_norms(tuner)
-        final = {}
-        if given.validation is not None:
-            history = [dict(h) for h in tuner.history]
-            final = measured(tuner.evaluate())
-            tuner.history = history
-    kept = tuner.masks
-    masked = set(kept.names) if kept is not None else set()
-    entries = sum(parts.parameters[n].numel() for n in names if n not in masked) + (kept.entries() if kept is not None else 0)
+        if settings.method == "spt" and settings.options.get("structured"):
+            masks = _structured(tuner, folder, save=save, resume=resume)
+        try:
+            _equip(tuner, given, settings, masks, resumed=at is not None)
+            set_seed(settings.seed)
+            tuner.train(resume_from_checkpoint=at)
+            changed = tuner.average is not None and tuner.average.finish()
+            if tuner.adapters is not None:
+                tuner.adapters.fold()
+            if changed:
+                _renew_batch_norms(tuner)
+            final = {}
+            if given.validation is not None:
+                history = [dict(h) for h in tuner.history]
+                final = measured(tuner.evaluate())
+                tuner.history = history
+        finally:
+            if tuner.adapters is not None:
+                tuner.adapters.release()
+    kept, adapted = tuner.masks, tuner.adapters.names if tuner.adapters is not None else []
+    whole = set(names) - {*(kept.names if kept is not None else ()), *adapted}
+    entries = sum(parts.parameters[n].numel() for n in whole) + (kept.entries() if kept is not None else 0)
+    entries += len(tuner.adapters) if tuner.adapters is not None else 0
     return Fitted(
         given.model, names, entries, sum(p.numel() for p in parts.parameters.values()), tuner.history, phases, final,
-        kept.state() if kept is not None else {},
+        kept.state() if kept is not None else {}, adapted,
     )  # fmt: skip
+
+
+def _structured(tuner: Tuner, folder: Path, *, save: bool, resume: bool) -> dict[str, Any]:
+    """SPT with its structured part: adapters for some matrices, and masks of all else. The choice is kept for a resumed run."""
+    chosen, parts, options = folder / "chosen.pt", tuner.parts, tuner.settings.options
+    more, names = options["structured"], parts.matrices | parts.vectors
+    if resume and chosen.exists():
+        masks: dict[str, Any] = torch.load(chosen, weights_only=True)
+    else:
+        masks = methods.sensitive(parts, names, lambda: _gradients(tuner, options["batches"]), options["density"])
+        if save:
+            torch.save(masks, chosen.with_suffix(".partial"))
+            chosen.with_suffix(".partial").replace(chosen)
+    kept, adapted = split(masks, list(parts.matrices), rank=more["rank"], alpha=more["alpha"], beta=more["beta"])
+    if adapted:
+        tuner.adapters = Adapters(parts, adapted, rank=more["rank"], scale=more["scale"], seed=tuner.settings.seed)
+    return kept
 
 
 def _tuner(given: Given, parts: Parts, settings: Settings, folder: Path, *, save: bool, progress: Progress | None) -> Tuner:
@@ -124,7 +152,7 @@ def _tuner(given: Given, parts: Parts, settings: Settings, folder: Path, *, save
 def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any] | None, *, resumed: bool) -> None:
     """Everything around the updates. The model has its base values, and is on its device."""
     parts, extra = tuner.parts, settings.regularise
-    old = {n: p for n, p in tuner.trained.items() if n not in parts.new}
+    old = {n: p for n, p in parts.parameters.items() if p.requires_grad and n not in parts.new}
     if extra.get("l2_sp"):
         tuner.pulls.append(Pull(old, extra["l2_sp"]))
     if extra.get("mixout"):
@@ -147,9 +175,9 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
             if settings.options["nuclear"]:
                 matrices = {n: parts.parameters[n] for n in sorted(parts.matrices)}
                 tuner.pulls.append(LowRank(matrices, settings.options["nuclear"], settings.seed))
-        elif settings.method == "spt" and not resumed:
+        elif settings.method == "spt" and masks is None and not resumed:
             batches, density = settings.options["batches"], settings.options["density"]
-            masks = methods.sensitive(parts, lambda: _gradients(tuner, batches), density)
+            masks = methods.sensitive(parts, parts.matrices, lambda: _gradients(tuner, batches), density)
         for name, mask in (masks or {}).items():
             tuner.masks.set(name, mask)
     if settings.fast_forward is not None:
@@ -261,4 +289,3 @@ def _renew_batch_norms(tuner: Tuner) -> None:
             tuner.compute_loss(model, tuner._prepare_inputs(inputs))
     for m, momentum in zip(norms, was, strict=True):
         m.momentum = momentum
-

@@ -44,7 +44,8 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
     if settings.method in ("lift", "random", "sara", "spt"):
         if not parts.matrices:
             raise Refused(f"method: {settings.method}: the model has no matrices outside head and embeddings")
-        return set(parts.matrices | parts.new)
+        structured = settings.method == "spt" and settings.options.get("structured")
+        return set(parts.matrices | parts.new | (parts.vectors if structured else frozenset()))
     return names
 
 
@@ -106,10 +107,10 @@ class Narrowed:
             self._masks.set(name, mask & (self._parts.parameters[name].detach().abs() < self._options["threshold"]))
 
 
-def sensitive(parts: Parts, gradients: Callable[[], Iterable[None]], density: float) -> dict[str, Any]:
-    """SPT's unstructured part (He et al. 2023, arXiv 2303.08566): the entries of matrices with the largest sum over batches of
-    squared gradients. gradients: an iterable that leaves one batch's gradient in the parameters at each step."""
-    names = sorted(parts.matrices)
+def sensitive(parts: Parts, names: Iterable[str], gradients: Callable[[], Iterable[None]], density: float) -> dict[str, Any]:
+    """SPT (He et al. 2023, arXiv 2303.08566): of the tensors `names` the entries with the largest sum over batches of squared
+    gradients. gradients: an iterable that leaves one batch's gradient in the parameters at each step."""
+    names = sorted(names)
     scores = {n: torch.zeros_like(parts.parameters[n]) for n in names}
     for _ in gradients():
         for n in names:

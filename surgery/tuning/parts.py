@@ -70,3 +70,11 @@ class Parts:
             n for n, p in self.parameters.items()
             if p.ndim >= 2 and n not in self.head and id(p) not in embeddings and (not self.depth or self.block(n) is not None)
         )  # fmt: skip
+
+    @cached_property
+    def vectors(self) -> frozenset[str]:
+        """Biases and norms where `matrices` are."""
+        return frozenset(
+            n for n, p in self.parameters.items()
+            if p.ndim == 1 and n not in self.head and (not self.depth or self.block(n) is not None)
+        )  # fmt: skip

@@ -65,7 +65,22 @@ METHODS: dict[str, Schema] = {
             "nuclear": _number("On the nuclear norm of what training changes, of one matrix in each step.", default=0.0, low=0),
         }
     ),
-    "spt": _map({"density": _DENSITY, "batches": _count("Batches that squared gradients are summed over.", default=16)}),
+    "spt": _map(
+        {
+            "density": _DENSITY,
+            "batches": _count("Batches that squared gradients are summed over.", default=16),
+            "structured": _map(
+                {
+                    "rank": _count("Of the low-rank change of a matrix with many sensitive entries."),
+                    "alpha": _number("Many: rank (m + n) over this.", default=5.0, above=0),
+                    "beta": _number("Vectors are trained whole from their size over this.", default=5.0, above=0),
+                    "scale": _number("Factor of the low-rank change.", default=1.0, above=0),
+                },
+                ["rank"],
+            )
+            | {"description": "Low-rank changes where many entries are sensitive, vectors whole; without it entries alone."},
+        }
+    ),
 }
 
 AVERAGES: dict[str, Schema] = {

@@ -119,6 +119,11 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
             raise Refused(f"{place('epochs')}: stock needs whole epochs, got {s.epochs}")
     if s.method == "diff_pruning" and s.regularise.get("mixout"):
         raise Refused(f"{place('regularise', 'mixout')}: mixout and the gates of diff_pruning would both rewrite the weights")
+    if s.method == "spt" and s.options.get("structured"):
+        if s.average == "stock":
+            raise Refused(f"{place('average')}: stock merges whole models, which spt's low-rank changes are not")
+        if s.fast_forward is not None:
+            raise Refused(f"{place('fast_forward')}: repeats updates of weights; spt's low-rank changes are products")
     if s.fast_forward is not None and s.average == "stock":
         raise Refused(f"{place('fast_forward')}: stock's runs must take the same steps")
     if s.average == "elastic" and s.method == "lift":
@@ -158,6 +163,8 @@ def _complete(schema: Schema, value: Any, place: Place, path: tuple[str, ...]) -
     if isinstance(value, Mapping) and "properties" in schema:
         _unknown(value, list(schema["properties"]), place, path, ".".join(path))
         value = {k: v for k, v in value.items() if v is not None}
+        inner = {k: s for k, s in schema["properties"].items() if "properties" in s and k in value}
+        value |= {k: _complete(s, value[k], place, (*path, k)) for k, s in inner.items()}
     _check(schema, value, place, path)
     defaults = {k: s["default"] for k, s in schema.get("properties", {}).items() if "default" in s}
     return defaults | dict(value)
@@ -183,4 +190,7 @@ def _check(schema: Schema, value: Any, place: Place, path: tuple[str, ...]) -> N
     if problem.validator == "enum":
         raise Refused(f"{place(*at)}: {'.'.join(map(str, at))} cannot be `{problem.instance}`",
                       hint=did_you_mean(str(problem.instance), map(str, problem.validator_value)))  # fmt: skip
+    if problem.validator == "anyOf":
+        about = problem.schema.get("description", "").rstrip(".")
+        raise Refused(f"{place(*at)}: {'.'.join(map(str, at))} cannot be {problem.instance!r}", hint=about or None)
     raise Refused(f"{place(*at)}: {'.'.join(map(str, at))}: {problem.message}")

@@ -21,6 +21,7 @@ from surgery.tuning.parts import Parts
 from surgery.tuning.regularise import LowRank, Mixout, Pull, clip_each
 from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
+from surgery.tuning.structured import Adapters
 
 STATE = "surgery.pt"
 WHOLE = "complete"  # marks a saved state that was written to its end
@@ -55,6 +56,7 @@ class Tuner(Trainer):
         self.forward_again: FastForward | None = None
         self.mixout: Mixout | None = None
         self.gates: Gates | None = None
+        self.adapters: Adapters | None = None
         self.renew: Any = None
         self.progress = progress
         self.losses: list[float] = []
@@ -62,7 +64,11 @@ class Tuner(Trainer):
 
     @property
     def trained(self) -> dict[str, Any]:
-        return {n: p for n, p in self.parts.parameters.items() if p.requires_grad}
+        """What the optimizer moves: parameters by name, and factors in place of the matrices that they adapt."""
+        found = {n: p for n, p in self.parts.parameters.items() if p.requires_grad}
+        if self.adapters is None:
+            return found
+        return {n: p for n, p in found.items() if n not in self.adapters.names} | self.adapters.parameters
 
     @property
     def own_optimizer(self) -> Any:
@@ -90,6 +96,8 @@ class Tuner(Trainer):
                 self.masks.on_gradients()
             if self.gates is not None:
                 self.gates.on_gradients()
+            if self.adapters is not None:
+                self.adapters.on_gradients()
             norms = [torch.linalg.vector_norm(p.grad) for p in self.trained.values() if p.grad is not None]
             if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
                 raise Diverged(step, "a gradient is not finite")
@@ -110,7 +118,7 @@ class Tuner(Trainer):
             groups: dict[tuple[bool, int], list[Any]] = {}
             top = self.parts.depth + 1
             for name, p in self.trained.items():
-                height = self.parts.height(name) if self.settings.layer_decay is not None else top
+                height = self.parts.height(Adapters.matrix_of(name)) if self.settings.layer_decay is not None else top
                 groups.setdefault((p.ndim >= 2, height), []).append(p)
             rate = self.settings.layer_decay or 1.0
             if not self.parts.depth and rate != 1.0:
@@ -171,6 +179,8 @@ class Tuner(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = torch.load(Path(resume_from_checkpoint) / STATE, map_location="cpu", weights_only=True)
         self._put(saved["parameters"], self.trained)
+        if self.adapters is not None:
+            self.adapters.fold()
         self._put(saved["buffers"], dict(self.parts.model.named_buffers()))
         if self.masks is not None:
             self.masks.load(saved["masks"])
@@ -213,6 +223,8 @@ class _Hooks(TrainerCallback):
             self._tuner.masks.on_update()
         if self._tuner.gates is not None:
             self._tuner.gates.on_update()
+        if self._tuner.adapters is not None:
+            self._tuner.adapters.fold()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         t = self._tuner
@@ -222,6 +234,8 @@ class _Hooks(TrainerCallback):
             t.forward_again.on_step_end(state.global_step)
         if t.average is not None:
             t.average.on_step(state.global_step, state.max_steps, t.own_optimizer)
+            if t.adapters is not None:
+                t.adapters.fold()  # an average may have put other factors in place
         # a state at the end of an epoch is saved after all that happens there, or resuming would leave it out
         ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
         every = t.settings.save_every

@@ -95,6 +95,7 @@ def write_record(folder: Path, job: Job, source: Source, task: Task, fitted: Fit
                 "entries": fitted.entries,
                 "of": fitted.total,
                 "new": sorted(task.new),
+                **({"adapted": fitted.adapted} if fitted.adapted else {}),
             },
             "left_out": task.left_out,
             "history": [{k: v for k, v in h.items() if k != "batches"} for h in fitted.history],

@@ -24,7 +24,7 @@ def delta(*args: object) -> str:
 def folder(tmp_path: Path) -> Path:
     base, models = three(tmp_path)
     for task, bits in (("one", "2"), ("two", "3")):
-        delta("pack", "--base", base, "--model", models[task], "-o", tmp_path / f"{task}.delta.safetensors", "--bits", bits, "-q")
+        delta("pack", "--base", base, "--model", models[task], "-o", tmp_path / f"{task}.delta.safetensors", "--bits", bits, "--codec", "dither", "-q")
         delta("apply", tmp_path / f"{task}.delta.safetensors", "--base", base, "-o", tmp_path / f"of-{task}", "-q")
     return tmp_path
 

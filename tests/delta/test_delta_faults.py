@@ -154,7 +154,7 @@ def test_a_base_that_is_written_to_meanwhile(folder: Path, monkeypatch, capsys, 
         halfway(patch, spoil)
         exit_code, said = surgery(monkeypatch, capsys, *applied(folder, "--threads", "1"))
     assert exit_code in (1, 2) and not (folder / "out").exists()
-    one_line(said, "base/model.safetensors" if how == "truncated" else "not the base of this package")
+    one_line(said, "base/model.safetensors" if how == "truncated" else "is not the base of")
     victim.write_bytes(content)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     exit_code, said = surgery(monkeypatch, capsys, *applied(folder, "--overwrite"))

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import write_checkpoint
+from ml_dtypes import bfloat16
 from test_lossy_codecs import heavy, whole
 
+from surgery.cli.delta_ import command
 from surgery.delta.choices import automatic
 from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.codecs.exact import FAST, ULP
+from surgery.delta.container import Package
 from surgery.delta.lossy.auto import Allocation, allocate
-from surgery.delta.pack import pack
+from surgery.delta.pack import count_kinds, pack
 from surgery.errors import Refused
 from surgery.inputs import open_node
 
@@ -24,6 +28,11 @@ def tensors() -> dict[str, np.ndarray]:
     sparse = heavy((200, 96), 9)
     sparse[np.random.default_rng(0).random(sparse.shape) > 0.01] = 0
     return {**made, "norm": heavy((1, 300), 5)[0], "sparse": sparse, "untouched": np.zeros((100, 100), np.float32)}
+
+
+def run(*args: object) -> None:
+    result = CliRunner().invoke(command, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 def spent(found: Allocation, tensors: dict[str, np.ndarray]) -> tuple[int, float]:
@@ -155,3 +164,30 @@ def test_a_size_is_of_the_whole_package(tmp_path: Path) -> None:
         assert made.counts["lossy"] == 2 and 0.9 * size <= made.path.stat().st_size <= size
     with pytest.raises(Refused, match="carried exactly"):
         automatic(old, new, only=[], size=50_000)
+
+
+def test_a_tensor_is_coded_with_losses_only_where_that_is_smaller(tmp_path: Path) -> None:
+    """A change that is sparse, and an error finer than the type's own; named tensors and codecs are taken at their word."""
+    rng = np.random.default_rng(4)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    base = {n: rng.standard_normal((256, 256)).astype(bfloat16) for n in names}
+    moved = rng.standard_normal((256, 256)) * 0.01
+    few = np.where(rng.random((256, 256)) < 0.001, moved, 0.0)
+    tuned = {n: (base[n] + d).astype(bfloat16) for n, d in zip(names, (moved, few), strict=True)}
+    old, new = tmp_path / "base", tmp_path / "tuned"
+    for folder, tensors in ((old, base), (new, tuned)):
+        write_checkpoint(folder, tensors)
+
+    def made(*how: str) -> tuple[dict[str, int], int]:
+        out = tmp_path / "x.delta.safetensors"
+        run("pack", "--base", old, "--model", new, "-o", out, "--overwrite", "-q", *how)
+        run("verify", out, "--base", old)
+        return count_kinds(Package(str(out)).manifest.data["tensors"]), out.stat().st_size
+
+    both, asked = made("--bits", "1"), made("--bits", "1", "--codec", "dither")
+    assert both[0]["lossy"] == 1 and asked[0]["lossy"] == 2 and both[1] < asked[1]
+    assert made("--bits", "1", "--only", "*")[0]["lossy"] == 2
+    exact = made()
+    assert exact[0]["lossy"] == 0
+    fine = made("--max-error", "1e-5")
+    assert fine[0]["lossy"] == 0 and fine[1] < exact[1] + 600 * 2

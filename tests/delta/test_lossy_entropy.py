@@ -81,6 +81,19 @@ def test_a_certain_message_is_free() -> None:
     assert len(rans.encode(s, c, rans.Tables.fit(rans.count(s, c, 1)))) == 6
 
 
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_certain_symbols_change_nothing(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them others: passed over by the coder, not by the description."""
+    monkeypatch.setattr(rans, "lanes_for", lambda length, bits: lanes)
+    s, c = message(4000, 2, 9, 1.0, 3)
+    quiet = np.random.default_rng(0).random(4000) < 0.9
+    quiet[:1000] = True
+    s, c = np.where(quiet, np.uint8(4), s), np.where(quiet, np.uint8(2), c)
+    tables = rans.Tables.fit(rans.count(s, c, 3))
+    stream = rans.encode(s, c, tables)
+    assert reference_decode(stream, c, tables.frequencies) == s.tolist() == rans.decode(stream, c, tables).tolist()
+
+
 @given(
     values=st.lists(st.integers(-integers.LARGEST, integers.LARGEST) | st.integers(-40, 40), min_size=1, max_size=300),
     seed=st.integers(0, 5),

@@ -9,7 +9,7 @@ from surgery.ops.select import Cut, TopK
 from surgery.ops.statistics import At
 
 WINDOW = 1024
-PASSES = 8
+PASSES = 12
 
 
 def oracle(flat: np.ndarray, keep: int) -> np.ndarray:
@@ -99,6 +99,34 @@ def test_sampling_gives_what_sorting_gives(kind: str, monkeypatch: pytest.Monkey
         for step in (4096, 60_000):
             (mask,) = select([[x]], [density], step)
             assert np.array_equal(mask, oracle(x, int(density * len(x)))), (density, step)
+
+
+@pytest.mark.parametrize("wide", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_too_much_to_gather_is_counted_first(kind: str, wide: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, most = 500, 0
+    monkeypatch.setattr("surgery.ops.select._WHOLE", 1000)
+    monkeypatch.setattr("surgery.ops.select._ROOM", room)
+    observe = TopK.observe
+
+    def watched(self: TopK, inputs: list[np.ndarray], at: At) -> list:
+        nonlocal most
+        looks = observe(self, inputs, at)
+        if not self.sampled and not self.counting:
+            most = max(most, *(0 if isinstance(found, int) else len(found) for _, found in looks))
+        return looks
+
+    monkeypatch.setattr(TopK, "observe", watched)
+    fair = data(kind, 60_000, seed=1).astype(wide)
+    misleading = fair.copy()
+    for start in range(0, len(fair), 4096):  # what is sampled
+        misleading[start : start + WINDOW] /= 8
+    for x in (fair, misleading):
+        for density in (0.0005, 0.2, 0.9):
+            for step in (4096, 60_000):
+                (mask,) = select([[x]], [density], step)
+                assert np.array_equal(mask, oracle(x, int(density * len(x)))), (density, step)
+        assert x is misleading or kind == "skewed" or most <= 2 * room  # by what the sample's own error is
 
 
 @pytest.mark.parametrize("kind", ["bf16 grid", "skewed"])

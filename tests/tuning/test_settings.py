@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,9 @@ def test_every_method_and_average_says_what_it_is() -> None:
             assert inner or schema.get("description"), name
             assert all(p.get("description") for p in inner.values()), name
     assert read_settings({"method": "bitfit"}, lambda *p: "").options is None
+
+
+@pytest.mark.parametrize("train", [[], ["one.csv"], 3, [1, 2]])
+def test_a_stream_is_two_files_or_more(train: Any) -> None:
+    with pytest.raises(Refused, match=r"task\.train cannot be .*\nhint: A file; or several, which are a stream of tasks"):
+        read_job({"model": "m", "task": {"kind": "causal", "train": train}}, lambda *p: ".".join(map(str, p)))

@@ -101,8 +101,10 @@ class _Order:
             counts = np.diff(bounds[self._edges])
             mine = np.concatenate([members[u : u + n] for u, n in zip(used, counts, strict=True)])
             used += counts
-            zigzag[here][order] = mine
-        return ulp.restored(zigzag, b, dtype)
+            part = zigzag[here]
+            part[order] = mine
+            zigzag[here] = ulp.restored(part, b[here], dtype)
+        return zigzag
 
 
 class _FastOrder(_Order):

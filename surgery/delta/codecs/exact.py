@@ -205,4 +205,9 @@ def _plain(t: Array, b: Array, dtype: DType) -> tuple[bytes, float]:
 
 
 def _from_plain(frames: Unframed, b: Array, dtype: DType) -> Array:
+    compiled = fast.kernels(b.itemsize)
+    if compiled is not None and b.itemsize == 2:
+        made = np.empty_like(b)
+        compiled.restore_planes(frames.take(b.size), frames.take(b.size), b, ulp.form_of(dtype) is not None, made)
+        return made
     return ulp.restored(_from_planes(frames, b.dtype, b.size), b, dtype)

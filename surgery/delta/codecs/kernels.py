@@ -51,19 +51,18 @@ def differences(t: Any, b: Any, ordered: bool, out: Any) -> None:
 
 @_jit
 def restore(zigzag: Any, b: Any, ordered: bool, out: Any) -> None:
-    """Zigzag differences into the words that they are of. out: may be `zigzag`."""
-    width = 8 * out.itemsize - 1
-    top = np.int64(1) << width
-    mask = 2 * top - 1
+    """Zigzag differences into the words that they are of. out: not `zigzag`, or no loop here is vectorised."""
+    top = np.uint64(8 * out.itemsize - 1)
+    sign, one, none = np.uint64(1) << top, np.uint64(1), np.uint64(0)
     if ordered:
         for i in range(out.size):
-            z, y = np.int64(zigzag[i]), np.int64(b[i])
-            x = ((y ^ (-(y >> width) | top)) + ((z >> 1) ^ -(z & 1))) & mask
-            out[i] = x ^ ((~(-(x >> width)) & mask) | top)
+            z, y = np.uint64(zigzag[i]), np.uint64(b[i])
+            x = (y ^ (sign | (none - (y >> top)))) + ((z >> one) ^ (none - (z & one)))
+            out[i] = x ^ (sign | (((x >> top) & one) - one))
     else:
         for i in range(out.size):
-            z = np.int64(zigzag[i])
-            out[i] = np.int64(b[i]) + ((z >> 1) ^ -(z & 1))
+            z = np.uint64(zigzag[i])
+            out[i] = np.uint64(b[i]) + ((z >> one) ^ (none - (z & one)))
 
 
 @_jit
@@ -71,6 +70,16 @@ def merge2(high: Any, low: Any, out: Any) -> None:
     """Two byte planes into words of two bytes."""
     for i in range(out.size):
         out[i] = (np.int64(high[i]) << 8) | np.int64(low[i])
+
+
+@_jit
+def restore_planes(high: Any, low: Any, b: Any, ordered: bool, out: Any) -> None:
+    """The same for words of two bytes whose differences are two byte planes."""
+    words = np.empty(_STEP, out.dtype)
+    for a in range(0, out.size, _STEP):
+        z = min(a + _STEP, out.size)
+        merge2(high[a:z], low[a:z], words[: z - a])
+        restore(words[: z - a], b[a:z], ordered, out[a:z])
 
 
 @_jit

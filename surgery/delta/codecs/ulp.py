@@ -17,6 +17,7 @@ from surgery.checkpoint.dtypes import DType
 from surgery.delta.codecs import fast
 
 Array = NDArray[Any]
+_BLOCK = 1 << 15  # numbers that numpy takes through all steps at a time: a core's cache holds them
 SEEN = 1 << 12  # symbols that an entropy is measured on, at least, unless there are fewer
 
 
@@ -63,30 +64,37 @@ def differences(target: Array, base: Array, dtype: DType) -> Array:
         made = np.empty(target.size, target.dtype)
         compiled.differences(target, base, form_of(dtype) is not None, made)
         return made
-    if form_of(dtype) is not None:
-        target, base = _ordered(target), _ordered(base)
-    bits = 8 * target.itemsize
-    moved = np.subtract(target, base).view(f"<i{target.itemsize}")
-    sign = np.right_shift(moved, bits - 1)
-    np.left_shift(moved, 1, out=moved)
-    np.bitwise_xor(moved, sign, out=moved)
-    return moved.view(target.dtype)
+    made = np.empty_like(target)
+    for a in range(0, target.size, _BLOCK):
+        t, b = target[a : a + _BLOCK], base[a : a + _BLOCK]
+        if form_of(dtype) is not None:
+            t, b = _ordered(t), _ordered(b)
+        moved = np.subtract(t, b).view(f"<i{t.itemsize}")
+        sign = np.right_shift(moved, 8 * t.itemsize - 1)
+        np.left_shift(moved, 1, out=moved)
+        np.bitwise_xor(moved, sign, out=made[a : a + _BLOCK].view(moved.dtype))
+    return made
 
 
 def restored(zigzag: Array, base: Array, dtype: DType) -> Array:
     """What `differences` was made of: the target's words. `zigzag` is used up."""
     compiled = fast.kernels(base.itemsize)
     if compiled is not None:
-        compiled.restore(zigzag, base, form_of(dtype) is not None, zigzag)
-        return zigzag
+        made = np.empty_like(base)
+        compiled.restore(zigzag, base, form_of(dtype) is not None, made)
+        return made
     one = zigzag.dtype.type(1)
-    sign = np.bitwise_and(zigzag, one)
-    np.negative(sign, out=sign)
-    np.right_shift(zigzag, one, out=zigzag)
-    np.bitwise_xor(zigzag, sign, out=zigzag)
-    if form_of(dtype) is None:
-        return np.add(zigzag, base, out=zigzag)
-    return _unordered(np.add(zigzag, _ordered(base), out=zigzag))
+    for a in range(0, base.size, _BLOCK):
+        z, b = zigzag[a : a + _BLOCK], base[a : a + _BLOCK]
+        sign = np.bitwise_and(z, one)
+        np.negative(sign, out=sign)
+        np.right_shift(z, one, out=z)
+        np.bitwise_xor(z, sign, out=z)
+        if form_of(dtype) is None:
+            np.add(z, b, out=z)
+        else:
+            _unordered(np.add(z, _ordered(b), out=z), out=z)
+    return zigzag
 
 
 def _ordered(words: Array) -> Array:
@@ -96,12 +104,12 @@ def _ordered(words: Array) -> Array:
     return np.bitwise_xor(made, words, out=made)
 
 
-def _unordered(words: Array) -> Array:
+def _unordered(words: Array, out: Array) -> Array:
     bits = 8 * words.itemsize
     made = np.right_shift(words.view(f"<i{words.itemsize}"), bits - 1).view(words.dtype)
     np.invert(made, out=made)
     np.bitwise_or(made, words.dtype.type(1 << (bits - 1)), out=made)
-    return np.bitwise_xor(made, words, out=made)
+    return np.bitwise_xor(made, words, out=out)
 
 
 def entropy(symbols: Array) -> float:

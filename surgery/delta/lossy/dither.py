@@ -20,13 +20,15 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import classes as scale_classes
 from surgery.delta.lossy import integers
 from surgery.delta.lossy.classes import Classes
 from surgery.delta.lossy.common import Array, Codec, Parts, as_source, chunks, number, one_of, overlapping, rows_of, sliced
-from surgery.delta.lossy.memo import remembered
+from surgery.delta.lossy.compiled import kernels
+from surgery.delta.lossy.memo import recent, remembered
 from surgery.delta.lossy.source import Source
 from surgery.ops.random import bits32
 
@@ -48,6 +50,11 @@ _SIGN = np.where(_ODD < 0, -1.0, 1.0)
 
 def quantise(d: Array, k: Array, step: float) -> Array:
     """q, with the sign of u folded in: int64."""
+    compiled = kernels(d.size)
+    if compiled is not None:
+        made = np.empty(d.size, np.int64)
+        compiled.quantise(d, k, _U, _SIGN, step, made)
+        return made
     q = d.astype(np.float64)
     q /= step
     q += _U.take(k)
@@ -58,6 +65,11 @@ def quantise(d: Array, k: Array, step: float) -> Array:
 
 def restore(folded: Array, k: Array, step: float) -> Array:
     """d' in float32: everything before the multiplication is exact in float64; one rounding there, one at the end."""
+    compiled = kernels(0)
+    if compiled is not None:
+        made = np.empty(folded.size, np.float32)
+        compiled.restore(folded, k, _U, _SIGN, step, made)
+        return made
     q = folded.astype(np.float64)
     q *= _SIGN.take(k)
     q -= _U.take(k)
@@ -196,12 +208,19 @@ class Dither(Codec):
             "classes", side, (shape, facts["classes"]), lambda: Classes.from_bytes(side, shape, facts["classes"])
         )
         packed, buckets = integers.Packed(parts["tables"], parts["codes"], facts["chunks"]), buckets_for(table.count)
-        for i, a, b in overlapping(shape, start, stop):
+
+        def values_of(chunk: memoryview, a: int, b: int) -> Array:
             k, of = noise(seed, key, a, b), table.of(a, b)
-            values = restore(integers.unpack(packed, i, contexts(k, of, buckets)), k, step)
+            values = restore(integers.decoded(chunk, packed.tables, contexts(k, of, buckets)), k, step)
             zero = table.zero(of)
             if zero is not None:
                 values[zero] = 0.0
+            return values
+
+        also = tuple(xxhash.xxh3_128_digest(part) for part in (packed.tables, side)), facts["classes"], step, seed, key, shape
+        for i, a, b in overlapping(shape, start, stop):
+            chunk = integers.chunk_of(packed, i)
+            values = recent("dither", chunk, (also, i), lambda chunk=chunk, a=a, b=b: values_of(chunk, a, b))  # type: ignore[misc]
             lo, hi = max(a, start), min(b, stop)
             made[lo - start : hi - start] = values[lo - a : hi - a]
         return made

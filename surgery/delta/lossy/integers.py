@@ -85,13 +85,23 @@ def pack(blocks: Sequence[Block], contexts: int) -> Packed:
 
 def unpack(packed: Any, ordinal: int, contexts: Array) -> Array:
     """The integers (int64) of one chunk, given their contexts. packed: a `Packed`, or its three values. Raises ValueError."""
-    tables, codes, lengths = packed
+    chunk, tables = chunk_of(packed, ordinal), packed[0]
+    also = (xxhash.xxh3_128_digest(tables), xxhash.xxh3_128_digest(np.ascontiguousarray(contexts).data))
+    return recent("chunk", chunk, also, lambda: decoded(chunk, tables, contexts)).astype(np.int64)
+
+
+def chunk_of(packed: Any, ordinal: int) -> memoryview:
+    """What is stored of one chunk. Raises ValueError where the lengths cannot be true."""
+    _, codes, lengths = packed
     if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(codes):
         raise ValueError("chunk lengths do not fit the codes")
     at = sum(lengths[:ordinal])
-    chunk, known = memoryview(codes[at : at + lengths[ordinal]]), rans.Tables.from_bytes(tables)
-    also = (xxhash.xxh3_128_digest(tables), xxhash.xxh3_128_digest(np.ascontiguousarray(contexts).data))
-    return recent("chunk", chunk, also, lambda: _unpack_chunk(chunk, contexts, known)).astype(np.int64)
+    return memoryview(codes[at : at + lengths[ordinal]])
+
+
+def decoded(chunk: memoryview, tables: Any, contexts: Array) -> Array:
+    """The integers (int32) of a chunk that nobody has asked for before."""
+    return _unpack_chunk(chunk, contexts, rans.Tables.from_bytes(tables))
 
 
 def _pack_chunk(values: Array, contexts: Array, tables: rans.Tables) -> bytes:

@@ -42,5 +42,6 @@ class Memo:
             self._used = 0
 
 
-remembered = Memo(256 << 20)  # tables and factors: one tensor's worth is needed for each of its pieces
+remembered = Memo(256 << 20)  # factors of products: one tensor's worth is needed for each of its pieces
+tables_of = Memo(24 << 20)  # the entropy coder's tables: the same, of a few tensors
 recent = Memo(24 << 20)  # decoded chunks: who reads in pieces of another size comes back to the last one

@@ -17,7 +17,8 @@ import struct
 import numpy as np
 
 from surgery.delta.lossy.common import Array, compress, decompress
-from surgery.delta.lossy.memo import remembered
+from surgery.delta.lossy.compiled import kernels
+from surgery.delta.lossy.memo import tables_of
 
 PRECISION = 12
 _TOTAL = 1 << PRECISION
@@ -31,6 +32,7 @@ class Tables:
     def __init__(self, frequencies: Array) -> None:
         self.frequencies = frequencies.astype(np.int64)
         self._lookup: Array | None = None
+        self._narrow: Array | None = None
 
     @staticmethod
     def fit(counts: Array) -> Tables:
@@ -64,7 +66,7 @@ class Tables:
     @staticmethod
     def from_bytes(payload: bytes) -> Tables:
         """Raises ValueError if the rows do not sum to 4096."""
-        return remembered("rans", payload, (), lambda: Tables._parsed(bytes(payload)))
+        return tables_of("rans", payload, (), lambda: Tables._parsed(bytes(payload)))
 
     @staticmethod
     def _parsed(payload: bytes) -> Tables:
@@ -78,6 +80,20 @@ class Tables:
     @property
     def nbytes(self) -> int:
         return len(self.frequencies) * _TOTAL * 8
+
+    @property
+    def certain(self) -> Array:
+        """For every context the symbol that is the only one, -1 where there are several."""
+        only = self.frequencies.max(axis=1) == _TOTAL
+        return np.where(only, self.frequencies.argmax(axis=1), -1)
+
+    @property
+    def narrow(self) -> Array:
+        """`lookup` in half the room; of a frequency of 4096, which is never looked up, the highest bit is lost."""
+        if self._narrow is None:
+            self._narrow = self.lookup.astype(np.uint32)
+            self._lookup = None
+        return self._narrow
 
     @property
     def lookup(self) -> Array:
@@ -104,18 +120,34 @@ def lanes_for(length: int, bits: float) -> int:
     return 1 << max(0, round(np.log2(max(1.0, wanted))))
 
 
+def _open(uncertain: Array, lanes: int) -> list[int]:
+    """Where rows of `lanes` symbols begin that hold one that could be another. A certain symbol costs nothing and leaves its
+    lane as it is, so that a message of little else (a matrix of zeros) is mostly passed over."""
+    if uncertain.all():
+        return list(range(0, len(uncertain), lanes))
+    rows = np.unique(np.flatnonzero(uncertain) // lanes)
+    found: list[int] = (rows * lanes).tolist()
+    return found
+
+
 def encode(symbols: Array, contexts: Array, tables: Tables) -> bytes:
     """The stream. symbols: uint8, every one of frequency > 0 in its context."""
     width = tables.frequencies.shape[1]
     where = contexts.astype(np.int64) * width + symbols
     flat = tables.frequencies.reshape(-1)
     lanes = lanes_for(len(symbols), float(-np.log2(flat / _TOTAL, where=flat > 0, out=np.zeros(len(flat)))[where].sum()))
+    compiled = kernels(len(symbols))
+    if compiled is not None:
+        starts = tables.frequencies.cumsum(axis=1) - tables.frequencies
+        ends, made = np.full(lanes, _LOW, np.uint64), np.empty(len(symbols), np.uint16)
+        at = compiled.encode(symbols, contexts, tables.frequencies, starts, ends, made)
+        return struct.pack("<H", lanes - 1) + ends.astype("<u4").tobytes() + made[at:].astype("<u2").tobytes()
     frequency = flat[where]
     start = (tables.frequencies.cumsum(axis=1) - tables.frequencies).reshape(-1)[where]
     limit, rest, real = frequency << 20, _TOTAL - frequency, frequency.astype(np.float64)
     state = np.full(lanes, _LOW, np.int64)
     words: list[Array] = []
-    for a in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
+    for a in reversed(_open(rest != 0, lanes)):
         b = min(a + lanes, len(symbols))
         x = state[: b - a]
         full = np.flatnonzero(x >= limit[a:b])
@@ -138,13 +170,22 @@ def decode(stream: bytes, contexts: Array, tables: Tables) -> Array:
     if lanes > _MOST_LANES or body.size < 4 * lanes or body.size % 2:
         raise ValueError("an entropy-coded stream is too short for its lanes")
     state = body[: 4 * lanes].copy().view("<u4").astype(np.int64)
-    words = body[4 * lanes :].copy().view("<u2").astype(np.int64)
+    words = body[4 * lanes :].copy().view("<u2")
     if state.min() < _LOW or int(contexts.max()) >= len(tables.frequencies):
         raise ValueError("an entropy-coded stream starts wrongly")
-    base = contexts.astype(np.int64) << PRECISION
+    compiled = kernels(contexts.size)
+    if compiled is not None:
+        ends, made = state.astype(np.uint64), np.empty(contexts.size, np.uint8)
+        used = compiled.decode(ends, words, contexts, tables.narrow, tables.certain, made)
+        if used != words.size or np.any(ends != _LOW):
+            raise ValueError("an entropy-coded stream does not end where it should")
+        return made
+    words, base = words.astype(np.int64), contexts.astype(np.int64) << PRECISION
     found, room, at = np.empty(len(base), np.int64), np.empty(lanes, np.int64), 0
     lookup = tables.lookup
-    for a in range(0, len(base), lanes):
+    certain = tables.certain.take(contexts)  # -1: not certain
+    found[:] = certain << 12
+    for a in _open(certain < 0, lanes):
         b = min(a + lanes, len(base))
         x, t, entry = state[: b - a], room[: b - a], found[a:b]
         np.bitwise_and(x, _TOTAL - 1, out=t)
