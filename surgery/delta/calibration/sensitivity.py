@@ -17,7 +17,7 @@ from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.deltas import Deltas
 from surgery.delta.lossy.hybrid import coded_with
 
-TOKENS = 4096  # that outputs are compared on, or one text
+TOKENS = 1024  # that outputs are compared on, or one text
 BITS = 2.0  # where a cost is measured: errors are small enough to add up, and large enough to show in float32
 
 Step = Callable[[int, int], None]
