@@ -59,12 +59,12 @@ def measure(rig: Digits) -> Figures:
             weight, inputs = tuned[name].compute().numpy(), Inputs(grams[name].compute().numpy())
             for bits in BITS:
                 for key, given in (("near", None), ("gptq", inputs)):
-                    coded = _decoded("group", weight, given, bits=bits, group=128, scale="l2")
-                    rows.setdefault(f"{key}{bits}", []).append(_harm(weight, coded, inputs))
+                    coded = decoded("group", weight, given, bits=bits, group=128, scale="l2")
+                    rows.setdefault(f"{key}{bits}", []).append(harm(weight, coded, inputs))
             for rank in RANKS:
                 for key, given in (("plain", None), ("with", inputs)):
-                    coded = _decoded("lowrank", weight, given, rank=rank)
-                    rows.setdefault(f"{key}{rank}", []).append(_harm(weight, coded, inputs))
+                    coded = decoded("lowrank", weight, given, rank=rank)
+                    rows.setdefault(f"{key}{rank}", []).append(harm(weight, coded, inputs))
         for key, choose in (("each", "dither"), ("shared", "auto")):
             rows.setdefault(f"kl_{key}", []).append(_kl(rig, tuned, d, choose))
     made |= {name: float(np.mean(values)) for name, values in rows.items()}
@@ -72,14 +72,14 @@ def measure(rig: Digits) -> Figures:
     return made
 
 
-def _decoded(codec: str, weight: Any, inputs: Any, **options: Any) -> Any:
+def decoded(codec: str, weight: Any, inputs: Any, **options: Any) -> Any:
     known = lossy_codec(codec)
     more = {} if inputs is None else {"inputs": inputs}
     coded = known.encode(weight, key="w", **more, **options)  # type: ignore[arg-type]
     return known.decode(coded, weight.shape, "w", 0, weight.size).reshape(weight.shape)
 
 
-def _harm(weight: Any, made: Any, inputs: Any) -> float:
+def harm(weight: Any, made: Any, inputs: Any) -> float:
     """|(W' - W) X| / |W X| over the inputs whose Gram matrix this is."""
     wide = weight.astype(np.float64)
     error, whole = (np.einsum("ij,jk,ik->", m, inputs.gram, m) for m in (made - wide, wide))

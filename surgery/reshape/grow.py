@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.ties import is_token_embedding
 from surgery.checkpoint.vocabulary import vocabulary_rows
-from surgery.graph.expr import Expr
+from surgery.graph.expr import Expr, weighted
 from surgery.graph.node import Node
 from surgery.graph.values import matches
 from surgery.reshape.parts import Below, Beside, Diagonal
@@ -22,8 +22,8 @@ class GrowNode(Node):
     """Matrices on a diagonal with zeros off it; what reads the data is stacked, what makes the output is halved and joined.
 
     reads, tables, writes: name globs of matrices whose columns are the data (rows are stacked), of tables looked up by index
-    (columns are joined), and of output layers (columns are joined and halved, so that outputs are averaged). For language
-    models tables and output layers are found by themselves.
+    (columns are joined), and of output layers (columns are joined and halved, so that outputs are averaged; so are their
+    biases). For language models tables and output layers are found by themselves.
     """
 
     verb = "GROW"
@@ -66,8 +66,9 @@ class GrowNode(Node):
             return a
         writes = self._is("writes", name) or (name in vocabulary and not is_token_embedding(name) and len(a.shape) == 2)
         if len(a.shape) == 1:
-            if self._is("writes", name) or name in vocabulary:
-                raise self.refuse(f"`{name}`: biases of an output layer are not grown; drop them or merge them first", key="of")
+            writer = f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
+            if self._is("writes", name) or self._is("writes", writer) or name in vocabulary:
+                return weighted([0.5, 0.5], [a, b], a.shape, a.dtype, self)
             return Below(a, b, self)
         if len(a.shape) != 2:
             raise self.refuse(f"`{name}` has {len(a.shape)} axes; grow takes vectors and matrices", key="of")

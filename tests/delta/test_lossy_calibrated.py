@@ -19,6 +19,7 @@ from surgery.delta.calibration.layers import in_order, inputs_of
 from surgery.delta.calibration.session import calibration, witness
 from surgery.delta.codecs.base import lossy_codec
 from surgery.delta.container import Package
+from surgery.delta.lossy.inputs import Inputs
 from surgery.delta.pack import pack
 from surgery.delta.rebuild import PackageNode
 from surgery.inputs import open_node
@@ -232,11 +233,30 @@ def test_statistics_in_place_of_texts(rig: dict[str, Path], tmp_path: Path) -> N
     assert wrong.returncode == 2 and "was collected from other weights" in wrong.stderr
 
 
+def harm_by_hand(rig: dict[str, Path], layer: str, texts: Any) -> float:
+    """KL of predictions with one matrix rounded with feedback at two bits, over n step^2 / 12. layer: its module."""
+    models = [transformers.AutoModelForCausalLM.from_pretrained(rig[n]).eval() for n in ("base", "tuned", "tuned")]
+    rows: list[torch.Tensor] = []
+    models[1].get_submodule(layer).register_forward_pre_hook(lambda m, x: rows.append(x[0][0]))
+    with torch.no_grad():
+        for ids in texts:
+            models[1](input_ids=torch.tensor([ids]))
+        x = torch.cat(rows).double().numpy()
+        below, tuned, student = (m.get_submodule(layer).weight for m in models)
+        delta = (tuned - below).numpy()
+        coded = lossy_codec("round").encode(delta, key=f"{layer}.weight", bits=2.0, inputs=Inputs(x.T @ x / len(x)))
+        values = lossy_codec("round").decode(coded, delta.shape, f"{layer}.weight", 0, delta.size).reshape(delta.shape)
+        student.copy_(below + torch.from_numpy(values))
+        kl = [torch.nn.functional.kl_div(*(m(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                                           for m in (models[2], models[1])), reduction="none", log_target=True).sum(-1)
+              for ids in texts]  # fmt: skip
+    return float(torch.cat(kl).mean()) / (delta.size * coded.facts["step"] ** 2 / 12)
+
+
 def test_auto_spends_by_what_errors_do(rig: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers whose inputs are stronger get more bits, and codes that can be fitted."""
+    """Matrices whose errors are seen in the outputs get more bits, and codes that can be fitted."""
     from surgery.delta import choices
     from surgery.delta.lossy import auto
-    from surgery.delta.lossy.inputs import DAMP
 
     monkeypatch.setattr(auto, "_SMALL", 100)
     monkeypatch.setattr(auto, "_OVERHEAD", 0)
@@ -244,20 +264,9 @@ def test_auto_spends_by_what_errors_do(rig: dict[str, Path], monkeypatch: pytest
     with calibration(base, tuned, str(rig["texts.jsonl"])) as session:
         names = {n for n in session.deltas if ".layers." in n and len(session.deltas.shape(n)) == 2}
         factors = session.weights(names)
-        model = transformers.AutoModelForCausalLM.from_pretrained(rig["tuned"]).eval()
-        rows: list[torch.Tensor] = []
-        model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, x: rows.append(x[0][0]))
-        first: list[torch.Tensor] = []
-        model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, x: first.append(x[0][0]))
-        with torch.no_grad():
-            for ids in session.texts.fit:
-                model(input_ids=torch.tensor([ids]))
-        expected = []
-        for seen in (rows, first):
-            x = torch.cat(seen).double().numpy()
-            h = x.T @ x / len(x)
-            expected.append(np.linalg.det(h + DAMP * np.trace(h) / len(h) * np.eye(len(h))) ** (1 / len(h)))
-        got = factors["model.layers.1.mlp.down_proj.weight"] / factors["model.layers.0.self_attn.q_proj.weight"]
+        layers = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj")
+        expected = [harm_by_hand(rig, n, session.texts.fit) for n in layers]
+        got = factors[f"{layers[0]}.weight"] / factors[f"{layers[1]}.weight"]
         assert got == pytest.approx(expected[0] / expected[1], rel=1e-3)
         plain, weighted = (
             choices.automatic(base, tuned, only=["*proj*"], bits=3.0, weights=w) for w in (None, session.weights)

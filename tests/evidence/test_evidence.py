@@ -69,7 +69,9 @@ def test_the_page_says_what_the_scripts_claim() -> None:
             assert (cells[0], cells[1], cells[3]) == (claim.says, claim.paper or "–", claim.test), name
             failing |= set() if cells[4] == "yes" else {claim.says}
     summary = next(p for p in parts if p.startswith("What does not reproduce here"))
-    assert failing == {line.split(" | ")[1] for line in summary.splitlines() if line.startswith("| ") and "claim" not in line[:9]}
+    assert failing == {
+        line.split(" | ")[1] for line in summary.splitlines() if line.startswith("| ") and "claim" not in line[:9]
+    }
 
 
 def test_a_page_of_unequal_seeds_says_how_many_each_has() -> None:

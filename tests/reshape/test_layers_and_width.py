@@ -116,6 +116,18 @@ def test_a_wide_network_gives_the_mean_of_two_narrow_ones(tmp_path):
     assert (forward(wide, x) - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("writes", ["out.weight", "out.*"])
+def test_the_bias_of_an_output_layer_becomes_the_mean_of_both(tmp_path, writes):
+    for i in (1, 2):
+        bias = torch.full((5,), float(i)) * torch.arange(5)
+        save_file({**narrow(i), "out.bias": bias}, tmp_path / f"{i}.safetensors")
+    a, b = (surgery.open(tmp_path / f"{i}.safetensors") for i in (1, 2))
+    steps.grow(a, b, reads="first.weight", writes=writes).save(tmp_path / "wide")
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    assert torch.equal(wide["out.bias"], 1.5 * torch.arange(5))
+    assert wide["inner.bias"].shape == (32,)
+
+
 def test_a_language_model_grows_into_one_that_loads(tmp_path, model):
     opened = surgery.open(tmp_path / "m")
     steps.grow(opened, opened).save(tmp_path / "wide")

@@ -12,9 +12,9 @@ import numpy as np
 
 from surgery.checkpoint.dtypes import DType
 from surgery.delta.calibration.data import Texts, Tuned, read_texts, statistics_of, tuned_model
-from surgery.delta.calibration.fit import Fitted, fit_to_statistics, fit_to_texts, gram_of, planned
-from surgery.delta.calibration.layers import in_order, inputs_of
+from surgery.delta.calibration.fit import Fitted, fit_to_statistics, fit_to_texts, planned
 from surgery.delta.calibration.probe import Probe
+from surgery.delta.calibration.sensitivity import sensitivities
 from surgery.delta.deltas import Deltas
 from surgery.delta.entries import unknown
 from surgery.delta.pack import Choose
@@ -46,20 +46,14 @@ class Calibration:
     step: Step = _QUIET
 
     def weights(self, names: set[str]) -> dict[str, float]:
-        """What a squared error does to a layer's outputs where it is fed back: det(H)^(1/n), over the mean of layers."""
-        found: dict[str, float] = {}
-        if self.grams is not None:
-            inputs = {n: gram_of(self.grams, n) for n in names}
-            found = {n: i.innovation for n, i in inputs.items() if i is not None}
-        elif self.texts is not None and self.tuned is not None:
-            groups = in_order(self.tuned.live, self.texts.fit, names)
-            for i, group in enumerate(groups, 1):
-                one = inputs_of(self.tuned.live, self.texts.fit, group[0])
-                if one is not None:
-                    found |= {layer.name: one.innovation for layer in group}
-                self.step("weighing layers", i, len(groups))
-        mean = float(np.exp(np.mean(np.log(list(found.values()))))) if found else 1.0
-        return {n: found.get(n, mean) / mean for n in names}
+        """What a squared error of each matrix does to the model's outputs, over the mean of all. With texts it is measured;
+        Gram matrices alone do not tell, and all are alike: {}."""
+        if self.texts is None or self.tuned is None:
+            return {}
+        found = sensitivities(self.deltas, self.tuned, self.texts.fit, names, lambda i, n: self.step("weighing layers", i, n))
+        live = [v for v in found.values() if v > 0.0]
+        mean = float(np.exp(np.mean(np.log(live)))) if live else 1.0
+        return {n: (found.get(n) or mean) / mean for n in names}
 
     def fit(self, choose: Choose) -> Fitted:
         """Codes of all chosen tensors. Raises Refused where options and data do not go together."""

@@ -7,12 +7,12 @@
 Only codecs whose error is unbiased compete here (`dither`, and `sparse` without loss): their squared errors are comparable and
 add up, which those of codecs that shrink are not (a low-rank truncation of half the squared error does twenty times the harm).
 
-The rate of a tensor at a step is measured on a sample. Its squared error is n step^2 / 12 where it is dithered; rounded values
-are measured on the same sample, since at coarse steps most become zero and the error ends at the delta's own power. The sum of
-weight * error is minimised under the budget: per tensor the lower convex hull of (bytes, error) over a grid of steps, then the
-steepest segments of all tensors first, which is optimal up to the last segment. The same bits for every tensor is a candidate
-too, judged on the measured curves, and is taken where it is no worse. Options come out as `bits`, which `dither` never exceeds,
-so the sum never exceeds the budget.
+The rate of a tensor at a step is measured on a sample. Its squared error is n step^2 / 12, also where values are rounded with
+feedback: what errors that are fed back do to a layer's outputs grows on with the step, where plain rounding's ends at the
+delta's own power. The sum of weight * error is minimised under the budget: per tensor the lower convex hull of (bytes, error)
+over a grid of steps, then the steepest segments of all tensors first, which is optimal up to the last segment. The same bits
+for every tensor is a candidate too, judged on the measured curves, and is taken where it is no worse. Options come out as
+`bits`, which `dither` never exceeds, so the sum never exceeds the budget.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from surgery.delta.lossy.common import Array
 from surgery.delta.lossy.dither import Dither
-from surgery.delta.lossy.rounded import rounded_curve
+from surgery.delta.lossy.rounded import rounded_rate
 from surgery.errors import Refused
 
 Provider = Callable[[], Array]
@@ -163,9 +163,7 @@ def _curve(name: str, delta: Array, seed: int, codec: str) -> list[tuple[float, 
     delta = np.ascontiguousarray(delta)
     rms = float(np.sqrt(np.square(delta, dtype=np.float64).mean()))
     steps = [float(s) * rms for s in _STEPS]
-    if codec == "round/1":
-        return [(spent * delta.size / 8.0, off * delta.size) for spent, off in map(rounded_curve(delta), steps)]
-    spent = Dither().rate(delta, name, seed)
+    spent = rounded_rate(delta) if codec == "round/1" else Dither().rate(delta, name, seed)
     return [(spent(step) * delta.size / 8.0, delta.size * step**2 / 12.0) for step in steps]
 
 

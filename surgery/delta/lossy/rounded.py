@@ -117,16 +117,15 @@ class Rounded(Codec):
         return made
 
 
-def rounded_curve(delta: Array) -> Callable[[float], tuple[float, float]]:
-    """step -> (bits, squared error) per element of plain rounding, measured on a sample of rows of a matrix."""
+def rounded_rate(delta: Array) -> Callable[[float], float]:
+    """step -> bits per element of plain rounding, measured on a sample of rows of a matrix."""
     matrix = delta.reshape(rows_of(delta.shape))
     some = matrix[np.linspace(0, len(matrix) - 1, min(len(matrix), _ROWS)).astype(int)].astype(np.float64)
 
-    def measured(step: float) -> tuple[float, float]:
+    def measured(step: float) -> float:
         q = quantised(some, step, None)
         counts = integers.counted([lambda: (q.reshape(-1), np.zeros(q.size, np.uint8))], 1)
-        spent = integers.cost(counts, matrix.size) / matrix.size
-        return spent, float(np.square(q * step - some).mean())
+        return integers.cost(counts, matrix.size) / matrix.size
 
     return measured
 
