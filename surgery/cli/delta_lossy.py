@@ -100,8 +100,7 @@ def _choose(
     if size is not None:
         raise Refused("--size is shared out by `--codec auto`", hint="leave --codec out, or give --bits")
     budget = {k: budgets[k] for k in given}
-    default = choices.DEFAULT if weights is None or max_error is not None else choices.CALIBRATED
-    return choices.fixed(model, codec or default, {**budget, **parsed}, only)
+    return choices.fixed(model, codec or choices.DEFAULT, {**budget, **parsed}, only)
 
 
 def budget(

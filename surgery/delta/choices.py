@@ -21,7 +21,7 @@ from surgery.graph.node import Node
 from surgery.graph.values import matches
 
 _LISTED = 600  # bytes that the header takes for a tensor's parts, beside what `allocate` sets aside for the manifest
-DEFAULT, CALIBRATED = "dither", "round"  # what codes where no codec is named, without and with calibration data
+DEFAULT = "dither"  # what codes where no codec is named
 
 
 def fixed(model: Node, codec: str, options: Mapping[str, Any], only: Sequence[str]) -> Choose:
@@ -58,8 +58,7 @@ def automatic(
     with Deltas(base, model) as deltas:
         providers: dict[str, Callable[[], Array]] = {n: partial(deltas.delta, n) for n in deltas if n in chosen}
         factors = None if weights is None else weights(set(providers))
-        codec = "dither/1" if weights is None else "round/1"
-        found = allocate(providers, bits=bits, size=size, max_error=max_error, weights=factors, codec=codec)
+        found = allocate(providers, bits=bits, size=size, max_error=max_error, weights=factors)
     table = {name: (lossy_codec(c.codec), dict(c.options)) for name, c in found.choices.items() if c.codec is not None}
     table = {name: (codec, check_options(codec, options)) for name, (codec, options) in table.items()}
     return lambda tensor: table.get(tensor.name)

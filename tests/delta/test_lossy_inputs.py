@@ -122,6 +122,9 @@ def test_whitened_at_full_rank_is_the_matrix(axis: int) -> None:
 
 CASES: list[tuple[str, dict[str, Any], float]] = [  # codec, options, its output error over that without data, at most
     ("round", {"bits": 1.0}, 0.6),
+    ("dither", {"bits": 1.0}, 0.9),
+    ("dither", {"bits": 3.0}, 0.6),
+    ("dither", {"step": 1e-4}, 1.0),
     ("svd_wf", {"bits": 0.5}, 0.8),
     ("svd_wf", {"bits": 2.0}, 0.6),
     ("delta_come", {"bits": 1.0}, 0.8),
@@ -149,7 +152,7 @@ def test_fitted_codes_do_less_harm_in_both_layouts(name: str, options: dict, mos
         found.append(output_error(h, d, back))
         assert made.facts["error"]["output"] == pytest.approx(found[-1], rel=1e-6)
         assert made.facts["error"]["max_abs"] == np.abs(back.astype(np.float64) - d).max()
-        budgeted = "bits" in options and name in ("round", "svd_wf", "delta_come")
+        budgeted = "bits" in options and name in ("round", "dither", "svd_wf", "delta_come")
         assert made.facts["bits"] <= (options["bits"] if budgeted else blind.facts["bits"] * 1.1)
     assert max(found) <= most * output_error(h, d, without)
     assert found[1] == pytest.approx(found[0], rel=0.25)
@@ -160,6 +163,27 @@ def test_feedback_beats_dither_at_the_same_size() -> None:
     for bits in (0.5, 1.0, 2.0):
         dithered = coded("dither", d, None, bits=bits)[1]
         assert output_error(h, d, coded("round", d, Inputs(h), bits=bits)[1]) < 0.6 * output_error(h, d, dithered)
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_dither_that_is_fed_back(axis: int) -> None:
+    """Less harm at the same size, and still no shrinkage: what rounding with feedback has."""
+    h, d = gram(160), delta(128, 160)
+    x = d if axis == 1 else np.ascontiguousarray(d.T)
+    for bits, most in ((0.5, 0.95), (1.0, 0.8), (3.0, 0.6)):
+        blind = coded("dither", d, None, bits=bits)[1]
+        made, back = coded("dither", x, Inputs(h, axis=axis), bits=bits)
+        assert made.facts["bits"] <= bits and "bound" not in made.facts["error"]
+        assert output_error(h, d, back if axis == 1 else back.T) < most * output_error(h, d, blind)
+        assert made.facts["error"]["gain"] == pytest.approx(1.0, abs=0.03)
+
+
+def test_fitted_is_never_worse_than_without_data() -> None:
+    """Where no feedback fits into the bits, what is coded without."""
+    h, d = gram(24, 3), delta(20, 24)
+    for bits in (0.3, 1.0, 4.0):
+        blind, fitted = (coded("dither", d, given, bits=bits)[1] for given in (None, Inputs(h)))
+        assert output_error(h, d, fitted) <= output_error(h, d, blind) * (1 + 1e-9)
 
 
 def test_inputs_that_tell_nothing_change_nothing() -> None:

@@ -28,14 +28,14 @@ def sensitivities(
 ) -> dict[str, float]:
     """Name -> harm to the outputs per squared error of the delta, of the linear layers among `names` that texts reach.
 
-    One matrix at a time is rounded to `bits` per weight as `round` does it with the layer's inputs; the others are as tuned.
-    Harm: mean KL(tuned || rounded) of predictions in nats; of encoders without a head the mean squared difference of hidden
+    One matrix at a time is coded with `bits` per weight as `dither` does it with the layer's inputs; the others are as tuned.
+    Harm: mean KL(tuned || coded) of predictions in nats; of encoders without a head the mean squared difference of hidden
     states. Squared error: that of the step, size * step^2 / 12. `tuned` must hold tuned weights.
     """
     import torch
 
     paths = {id(p): path for path, p in tuned.live.model.named_parameters()}
-    codec, made, some = lossy_codec("round/1"), {}, _some(texts)
+    codec, made, some = lossy_codec("dither/1"), {}, _some(texts)
     groups = in_order(tuned.live, texts, set(names))
     for i, group in enumerate(groups, 1):
         inputs = inputs_of(tuned.live, texts, group[0])

@@ -149,9 +149,15 @@ class Dither(Codec):
         from surgery.delta.lossy.fed_back import FedBack  # which is made of what is here
 
         if what == "bits":
-            return FedBack(x, key, inputs, seed).within(value)
+            blind = self.pack(Source.held(np.ascontiguousarray(x)), key, bits=value, step=None, max_error=None, seed=seed)
+            fitted = FedBack(x, key, inputs, seed).within(value)
+            return min((blind, *([] if fitted is None else [fitted])), key=lambda made: self._harm(made, x, key, inputs))
         self._not_too_fine(float(np.abs(x).max()), value, key)
         return FedBack(x, key, inputs, seed).at(value)
+
+    def _harm(self, made: Parts, x: Array, key: str, inputs: Inputs) -> float:
+        back = self.decode(Coded(*made), x.shape, key, 0, x.size).reshape(x.shape)
+        return inputs.harm(back - x.astype(np.float64))
 
     def _not_too_fine(self, largest: float, step: float, key: str) -> None:
         if largest / step > integers.LARGEST / 8:

@@ -32,21 +32,24 @@ class FedBack:
         count = x.shape[0] if inputs.axis == 1 else x.shape[1]
         self._some = np.linspace(0, count - 1, min(count, _OUTPUTS)).astype(int)
 
-    def within(self, bits: float) -> Parts:
-        """Payloads and facts of at most `bits` per element, if there is a step that keeps to them."""
-        least, steps = 2.0**-20 * self._largest, 8.0 * self._largest
-        inputs = min((self._inputs.damped_by(damp) for damp in _DAMPS), key=lambda one: self._harm(one, 0.99 * bits))
+    def within(self, bits: float) -> Parts | None:
+        """Payloads and facts of at most `bits` per element; None where no step keeps to them."""
+        least, largest = 2.0**-20 * self._largest, 8.0 * self._largest
+        harms = [(self._harm(one, 0.99 * bits), one) for one in (self._inputs.damped_by(damp) for damp in _DAMPS)]
+        harm, inputs = min(harms, key=lambda pair: pair[0])
+        if harm == float("inf"):
+            return None
         aim, best = 0.99 * bits, None
         for _ in range(5):
-            step = dither.solve(lambda step: self._rate(inputs, step), aim, least, steps)
+            step = dither.solve(lambda step: self._rate(inputs, step), aim, least, largest)
             parts, facts = self.at(step, inputs)
             spent = 8.0 * sum(map(len, parts.values())) / self._x.size
             if spent <= bits and (best is None or spent > best[0]):
                 best = spent, (parts, facts)
-            if 0.97 * bits <= spent <= bits or step >= steps:
+            if 0.97 * bits <= spent <= bits or step >= largest:
                 break
             aim = max(aim - (spent - 0.99 * bits), 1e-3 * bits)
-        return best[1] if best else self.at(steps, inputs.damped_by(1e3))
+        return best[1] if best else None
 
     def at(self, step: float, inputs: Inputs | None = None) -> Parts:
         """Payloads and facts with a given step."""
