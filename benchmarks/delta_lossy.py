@@ -68,6 +68,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 
 
 CALIBRATED: list[tuple[str, dict[str, Any]]] = [
+    ("dither", {"bits": 0.25}),
+    ("dither", {"bits": 0.5}),
+    ("dither", {"bits": 1.0}),
+    ("dither", {"bits": 2.0}),
     ("round", {"bits": 0.25}),
     ("round", {"bits": 0.5}),
     ("round", {"bits": 1.0}),
@@ -160,7 +164,7 @@ def fitted(
     known, codec = {n for n, _ in deltas}, lossy_codec(name)
     base, tuned = (open_node(str(p)) for p in probe.folders)
     start = time.process_time()
-    with calibration(base, tuned, str(probe.texts), samples=128, length=64, repair=repair) as session:
+    with calibration(base, tuned, str(probe.texts), samples=400, length=64, repair=repair) as session:
         found = session.fit(lambda t: (codec, options) if t.name in known else None)
     seconds, size = time.process_time() - start, sum(d.size for _, d in deltas)
     spent, largest, sums, made = 0.0, 0.0, [0.0, 0.0, 0.0], {}
@@ -247,7 +251,7 @@ class Probe:
         train, held = delta_pairs.examples()
         self._held = held[:count]
         self.texts = work / f"{pair}-calib.jsonl"
-        ids = [self._tokenizer(text, truncation=True, max_length=64)["input_ids"] for text, _ in train[:160]]
+        ids = [self._tokenizer(text, truncation=True, max_length=64)["input_ids"] for text, _ in train[:480]]
         self.texts.write_text("".join(json.dumps({"input_ids": one}) + "\n" for one in ids))
         self._labels = torch.tensor([c for _, c in self._held])
         features, labels = self._features(self.tuned, train[:3000]), torch.tensor([c for _, c in train[:3000]])

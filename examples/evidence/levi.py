@@ -16,7 +16,8 @@ from surgery.tuning import LayerwiseEnsemble
 TITLE = "Layer-wise ensemble of different views (LEVI)"
 SOURCE = (
     "Roh et al. 2024, LEVI: Generalizable fine-tuning via layer-wise ensemble of different views, arXiv 2402.04644. Tuned "
-    "on 80 clean examples; out of distribution are their five corruptions."
+    "on 80 clean examples; out of distribution are their five corruptions. A trial before, on the same seeds, also took 1000 "
+    "examples, clean and rotated: there the ensemble was .02 to .03 less accurate than the fine-tune."
 )
 RIG = "digits"
 SMALL = {"width": 32, "hidden": 64, "depth": 2}

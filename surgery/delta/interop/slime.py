@@ -133,7 +133,9 @@ def open_version(folder: str | Path) -> Version:
     metadata = (index or {}).get("metadata")
     weight_map = (index or {}).get("weight_map")
     if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
-        raise Refused(f"{folder}: not a slime delta ({_INDEX} needs metadata and weight_map)")
+        inside = sorted(p.name for p in folder.glob("weight_v*")) if folder.is_dir() else []
+        hint = f"name the versions in it, in order: {inside[0]}, …" if inside else None
+        raise Refused(f"{folder}: not a slime delta ({_INDEX} needs metadata and weight_map)", hint=hint)
     version, base_version = (_number(folder, metadata, key) for key in ("version", "base_version"))
     encoding, packed, kind = (metadata.get(k) for k in ("delta_encoding", "compression_format", "checksum_format"))
     if encoding not in ENCODINGS or packed != "zstd" or kind not in CHECKSUMS:
