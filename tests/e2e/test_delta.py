@@ -87,7 +87,15 @@ def test_fast_exact_packages(models, tmp_path):
     assert all_bytes(tmp_path / "out") == all_bytes(models / "tuned")
 
 
-@pytest.mark.parametrize("how", [["--bits", "1.5"], ["--max-error", "2e-4"], ["--size", "30kB"], ["--codec", "sign"]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--bits", "1.5", "--codec", "dither"],
+        ["--max-error", "2e-4", "--codec", "dither"],
+        ["--size", "30kB"],
+        ["--codec", "sign"],
+    ],
+)
 def test_lossy_packages(models, tmp_path, how):
     out = tmp_path / "l.delta.safetensors"
     done = surgery("delta", "pack", "--base", "base", "--model", "tuned", "-o", out, *how, cwd=models)
