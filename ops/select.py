@@ -129,7 +129,9 @@ class _Bracket:
     def counted(self, looks: list[tuple[int, Array, Array]]) -> None:
         """Take in what `_in_bins` gives of all pieces: the threshold is in the bin with the last number that is kept."""
         kind = looks[0][1].dtype.type
-        counts = np.stack([c for _, c, _ in looks]).astype(np.int64).sum(axis=0)
+        counts = np.zeros(_BINS, np.int64)
+        for _, c, _ in looks:  # one after another: there are as many as pieces in the model
+            np.add(counts, c, out=counts, casting="unsafe")
         wanted = self.keep - sum(n for n, _, _ in looks)
         if not 0 < wanted <= int(counts.sum()):
             self.widen()

@@ -42,16 +42,9 @@ NAMES = ["base", "rot90", "inv"]
 
 
 @pytest.fixture
-def work(rig: Path, tmp_path: Path) -> Path:
-    for name in ("base", "rot90", "inv", "other", "data", "tasks.yaml", "net.py"):
-        (tmp_path / name).symlink_to(rig / name)
-    (tmp_path / "merge.yaml").write_text(MERGE)
-    return tmp_path
-
-
-@pytest.fixture
-def resident() -> lab.Resident:
-    return lab.Resident(build=lambda config: Net(), threads=1)
+def work(work: Path) -> Path:
+    (work / "merge.yaml").write_text(MERGE)
+    return work
 
 
 def sweep_file(work: Path, text: str) -> Path:

@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tuning_models import WORDS, record, same_bits, weights
+from tuning_models import WORDS, live, place, record, same_bits, weights
 
 from surgery.errors import Refused
-from surgery.tuning.fit import Given, fit
 from surgery.tuning.masks import Masks, entries_of, largest, principal
 from surgery.tuning.parts import Parts
 from surgery.tuning.run import run
-from surgery.tuning.settings import read_job, read_settings
-
-
-def place(*path: Any) -> str:
-    return ".".join(map(str, path)) or "file"
+from surgery.tuning.settings import read_job
 
 
 def go(home: Path, out: Path, model: str = "bert", **said: Any) -> Path:
@@ -95,21 +90,6 @@ def test_frozen_tensors_keep_bits_in_bfloat16(home: Path, tmp_path: Path) -> Non
 
 
 # -- masks on entries --------------------------------------------------------------------------------------------------------
-
-
-def live(home: Path, method: Any, **said: Any) -> tuple[Any, dict[str, torch.Tensor], Any]:
-    """(trained model, its parameters before, what fit returned), with weight decay, which moves entries without gradient."""
-    from surgery.checkpoint.source import open_source
-    from surgery.tuning.tasks import prepare
-
-    settings = read_settings({"method": method, "epochs": 2, "lr": 0.01, "weight_decay": 0.5} | said, place)
-    transformers.set_seed(0)
-    task = prepare({"kind": "causal", "train": str(home / "text.txt"), "length": 16, "completion_only": False},
-                   open_source(str(home / "llama")))  # fmt: skip
-    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    fitted = fit(Given(task.model, task.train, None, task.collate), settings, home / "scratch", save=False, resume=False,
-                 progress=None)  # fmt: skip
-    return task.model, before, fitted
 
 
 def check_masked(model: Any, before: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> None:

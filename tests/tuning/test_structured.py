@@ -8,42 +8,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tuning_models import WORDS, record, same_bits, weights
+from tuning_models import WORDS, live, place, record, same_bits, weights
 
 from surgery.errors import Refused
 from surgery.tuning import tune
-from surgery.tuning.fit import Fitted, Given, fit
 from surgery.tuning.parts import Parts
 from surgery.tuning.run import run
-from surgery.tuning.settings import read_job, read_settings
+from surgery.tuning.settings import read_job
 from surgery.tuning.structured import Adapters, split
-
-
-def place(*path: Any) -> str:
-    return ".".join(map(str, path)) or "file"
 
 
 def method(rank: int = 2, density: float = 0.2, **more: Any) -> dict[str, Any]:
     return {"spt": {"density": density, "structured": {"rank": rank, **more}}}
 
 
-def live(home: Path, method: Any, **said: Any) -> tuple[Any, dict[str, torch.Tensor], Fitted]:
-    from surgery.checkpoint.source import open_source
-    from surgery.tuning.tasks import prepare
-
-    settings = read_settings({"method": method, "epochs": 2, "lr": 0.01, "weight_decay": 0.5, "batch": 15} | said, place)
-    transformers.set_seed(0)
-    task = prepare({"kind": "causal", "train": str(home / "text.txt"), "length": 16, "completion_only": False},
-                   open_source(str(home / "llama")))  # fmt: skip
-    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    fitted = fit(Given(task.model, task.train, None, task.collate), settings, home / "scratch", save=False, resume=False,
-                 progress=None)  # fmt: skip
-    return task.model, before, fitted
-
-
 def test_the_choice_is_that_of_brute_force(home: Path) -> None:
     """Squared gradients in float64, the largest three tenths, and the paper's two rules, written out here."""
-    _, before, fitted = live(home, method(density=0.3, beta=10))
+    _, before, fitted = live(home, method(density=0.3, beta=10), batch=15)
     base = transformers.AutoModelForCausalLM.from_pretrained(home / "llama").double()
     words = (home / "text.txt").read_text().split()
     ids = torch.tensor([WORDS.index(w) for w in words]).reshape(15, 16)
@@ -73,7 +54,7 @@ def test_the_choice_is_that_of_brute_force(home: Path) -> None:
 
 
 def test_what_is_not_trained_keeps_its_bits_and_changes_have_the_rank(home: Path) -> None:
-    model, before, fitted = live(home, method())
+    model, before, fitted = live(home, method(), batch=15)
     after = {n: p.detach() for n, p in model.named_parameters()}
     assert after.keys() == before.keys()  # the factors are gone
     for n, p in after.items():
@@ -88,9 +69,9 @@ def test_what_is_not_trained_keeps_its_bits_and_changes_have_the_rank(home: Path
 
 
 def test_without_it_all_is_as_it_was(home: Path) -> None:
-    _, before, fitted = live(home, {"spt": {"density": 0.2}})
+    _, before, fitted = live(home, {"spt": {"density": 0.2}}, batch=15)
     assert not fitted.adapted and set(fitted.masks) == {n for n in before if "_proj" in n}
-    _, _, null = live(home, {"spt": {"density": 0.2, "structured": None}})
+    _, _, null = live(home, {"spt": {"density": 0.2, "structured": None}}, batch=15)
     assert all(torch.equal(null.masks[n], m) for n, m in fitted.masks.items())
 
 

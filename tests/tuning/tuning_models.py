@@ -11,6 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from surgery.tuning.fit import Fitted, Given, fit
+from surgery.tuning.settings import read_settings
+
 WORDS = ["[UNK]", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "in"]
 
 
@@ -74,3 +77,23 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
         a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
     )  # fmt: skip
+
+
+def place(*path: Any) -> str:
+    """Where a setting stands, for messages."""
+    return ".".join(map(str, path)) or "file"
+
+
+def live(home: Path, method: Any, **said: Any) -> tuple[Any, dict[str, torch.Tensor], Fitted]:
+    """(trained model, its parameters before, what fit returned), with weight decay, which moves entries without gradient."""
+    from surgery.checkpoint.source import open_source
+    from surgery.tuning.tasks import prepare
+
+    settings = read_settings({"method": method, "epochs": 2, "lr": 0.01, "weight_decay": 0.5} | said, place)
+    transformers.set_seed(0)
+    task = prepare({"kind": "causal", "train": str(home / "text.txt"), "length": 16, "completion_only": False},
+                   open_source(str(home / "llama")))  # fmt: skip
+    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    fitted = fit(Given(task.model, task.train, None, task.collate), settings, home / "scratch", save=False, resume=False,
+                 progress=None)  # fmt: skip
+    return task.model, before, fitted

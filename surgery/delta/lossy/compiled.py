@@ -1,4 +1,8 @@
-"""The compiled inner loops, where numba is installed, once there has been enough to do; to the same bytes without them."""
+"""The compiled inner loops, where numba is installed, once there has been enough to do; to the same bytes without them.
+
+Exact codecs load theirs by the size of the model (`surgery.delta.codecs.fast`). Who decodes a range of a lossy tensor, or codes
+one for a sweep, does not know how much is to come: here what was done so far decides.
+"""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class Dither(Codec):
             blind = self.pack(Source.held(np.ascontiguousarray(x)), key, bits=value, step=None, max_error=None, seed=seed)
             fitted = FedBack(x, key, inputs, seed).within(value)
             return min((blind, *([] if fitted is None else [fitted])), key=lambda made: self._harm(made, x, key, inputs))
-        self._not_too_fine(float(np.abs(x).max()), value, key)
+        self._not_too_fine(2.0 * float(np.abs(x).max()), value, key)  # feedback makes values larger
         return FedBack(x, key, inputs, seed).at(value)
 
     def _harm(self, made: Parts, x: Array, key: str, inputs: Inputs) -> float:
@@ -160,7 +160,7 @@ class Dither(Codec):
         return inputs.harm(back - x.astype(np.float64))
 
     def _not_too_fine(self, largest: float, step: float, key: str) -> None:
-        if largest / step > integers.LARGEST / 8:
+        if largest / step > integers.LARGEST / 4:
             raise self.refuse(key, f"a step of {step:.3g} is too fine for values up to {largest:.3g}", hint="pack it exactly")
 
     def _within(self, x: Source, tries: list[Classes], key: str, bits: float, seed: int, largest: float) -> Parts:

@@ -1,10 +1,11 @@
 """The dither quantiser fitted to a layer's inputs: errors are made up for in columns that follow, so that what the layer's
 outputs lose counts. Coded and decoded as `dither/1`; no weight's error is bounded.
 
-Rounding with feedback alone (GPTQ) leaves the less of the outputs' error the more coarsely it rounds, and most of that is
-shrinkage, which adds up from layer to layer; under a dither what is left is noise again. But noise that is fed back is coded,
-too: more than the deltas themselves where steps are coarse and inputs lie in few directions. Damping limits that (noise cannot
-usefully exceed the signal in any direction: reverse water-filling), and is chosen by what outputs lose at the rate asked for.
+Rounding with feedback alone (GPTQ, the codec `round`) also lowers a layer's output error, but a coarsely rounded model can say
+something else than it should for all that: its errors depend on what is rounded. Under a dither they do not. But noise that is
+fed back is coded, too: more than the deltas themselves where steps are coarse and inputs lie in few directions. Damping limits
+that (noise cannot usefully exceed the signal in any direction: reverse water-filling); it is chosen by what outputs lose at the
+rate asked for.
 """
 
 from __future__ import annotations
@@ -35,13 +36,12 @@ class FedBack:
     def within(self, bits: float) -> Parts | None:
         """Payloads and facts of at most `bits` per element; None where no step keeps to them."""
         least, largest = 2.0**-20 * self._largest, 8.0 * self._largest
-        harms = [(self._harm(one, 0.99 * bits), one) for one in (self._inputs.damped_by(damp) for damp in _DAMPS)]
-        harm, inputs = min(harms, key=lambda pair: pair[0])
+        aim, best = 0.99 * bits, None
+        tried = [self._tried(self._inputs.damped_by(damp), aim, least, largest) for damp in _DAMPS]
+        harm, step, inputs = min(tried, key=lambda one: one[0])
         if harm == float("inf"):
             return None
-        aim, best = 0.99 * bits, None
         for _ in range(5):
-            step = dither.solve(lambda step: self._rate(inputs, step), aim, least, largest)
             parts, facts = self.at(step, inputs)
             spent = 8.0 * sum(map(len, parts.values())) / self._x.size
             if spent <= bits and (best is None or spent > best[0]):
@@ -49,6 +49,7 @@ class FedBack:
             if 0.97 * bits <= spent <= bits or step >= largest:
                 break
             aim = max(aim - (spent - 0.99 * bits), 1e-3 * bits)
+            step = dither.solve(lambda step: self._rate(inputs, step), aim, least, largest)
         return best[1] if best else None
 
     def at(self, step: float, inputs: Inputs | None = None) -> Parts:
@@ -77,12 +78,12 @@ class FedBack:
         where = dither.contexts(k.reshape(-1), np.zeros(k.size, np.uint8), buckets)
         return integers.cost(integers.counted([lambda: (q.reshape(-1), where)], buckets), self._x.size) / self._x.size
 
-    def _harm(self, inputs: Inputs, bits: float) -> float:
-        """What some outputs lose at that rate; infinite where no step keeps to it."""
-        step = dither.solve(lambda step: self._rate(inputs, step), bits, 2.0**-20 * self._largest, 8.0 * self._largest)
+    def _tried(self, inputs: Inputs, bits: float, least: float, largest: float) -> tuple[float, float, Inputs]:
+        """(what some outputs lose at that rate, infinite where no step keeps to it; the step; `inputs`)."""
+        step = dither.solve(lambda step: self._rate(inputs, step), bits, least, largest)
         if self._rate(inputs, step) > 1.05 * bits:
-            return float("inf")
-        return self._inputs.upright().harm(step * self._quantised(inputs, step, self._some)[2])
+            return float("inf"), step, inputs
+        return self._inputs.upright().harm(step * self._quantised(inputs, step, self._some)[2]), step, inputs
 
     def _table(self, q: Array) -> Classes:
         """Scale classes by what is coded, which feedback has made larger than the delta here and there."""

@@ -13,6 +13,7 @@ Duda 2013 (arXiv:1311.2540); interleaving: Giesen 2014 (arXiv:1402.3392).
 from __future__ import annotations
 
 import struct
+from functools import cached_property
 
 import numpy as np
 
@@ -31,8 +32,6 @@ class Tables:
 
     def __init__(self, frequencies: Array) -> None:
         self.frequencies = frequencies.astype(np.int64)
-        self._lookup: Array | None = None
-        self._narrow: Array | None = None
 
     @staticmethod
     def fit(counts: Array) -> Tables:
@@ -81,32 +80,30 @@ class Tables:
     def nbytes(self) -> int:
         return len(self.frequencies) * _TOTAL * 8
 
-    @property
+    @cached_property
     def certain(self) -> Array:
         """For every context the symbol that is the only one, -1 where there are several."""
         only = self.frequencies.max(axis=1) == _TOTAL
         return np.where(only, self.frequencies.argmax(axis=1), -1)
 
-    @property
-    def narrow(self) -> Array:
-        """`lookup` in half the room; of a frequency of 4096, which is never looked up, the highest bit is lost."""
-        if self._narrow is None:
-            self._narrow = self.lookup.astype(np.uint32)
-            self._lookup = None
-        return self._narrow
-
-    @property
+    @cached_property
     def lookup(self) -> Array:
         """For every context and low 12 bits of a state: frequency << 20 | symbol << 12 | place in the symbol's range."""
-        if self._lookup is None:
-            contexts, symbols = self.frequencies.shape
-            flat = self.frequencies.reshape(-1)
-            starts = (self.frequencies.cumsum(axis=1) - self.frequencies).reshape(-1)
-            base = (flat << 20) | (np.tile(np.arange(symbols), contexts) << 12)
-            made = np.repeat(base - starts, flat)
-            made += np.tile(np.arange(_TOTAL), contexts)
-            self._lookup = made
-        return self._lookup
+        return self._entries()
+
+    @cached_property
+    def narrow(self) -> Array:
+        """`lookup` in uint32: of a frequency of 4096, which is never looked up, the highest bit is lost."""
+        return self._entries().astype(np.uint32)
+
+    def _entries(self) -> Array:
+        contexts, symbols = self.frequencies.shape
+        flat = self.frequencies.reshape(-1)
+        starts = (self.frequencies.cumsum(axis=1) - self.frequencies).reshape(-1)
+        base = (flat << 20) | (np.tile(np.arange(symbols), contexts) << 12)
+        made = np.repeat(base - starts, flat)
+        made += np.tile(np.arange(_TOTAL), contexts)
+        return made
 
 
 def count(symbols: Array, contexts: Array, number: int) -> Array:
