@@ -53,6 +53,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"values": "bfloat16"}),
     ("round", {"bits": 1.0}),
     ("round", {"step": 1e-4, "scale": "l2"}),
+    ("hadamard", {}),
+    ("hadamard", {"bits": 1, "scale": "l2"}),
+    ("hadamard", {"bits": 7}),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}"[:60] for name, options in CASES]
 MATRIX_ONLY = {"svd_wf", "lowrank", "delta_come", "loftq", "hybrid"}  # hybrid by its default stages
@@ -225,7 +228,7 @@ def test_unknown_options_are_refused(name: str, options: dict) -> None:
         lossy_codec(name).encode(np.ones((4, 4)), key="t", bitz=3, **options)
 
 
-@pytest.mark.parametrize("name", ["group", "sparse24", "quantile"])
+@pytest.mark.parametrize("name", ["group", "sparse24", "quantile", "hadamard"])
 def test_numbers_of_bits_may_come_as_floats(name: str, delta: np.ndarray) -> None:
     """As `--bits 2` does."""
     one, two = (lossy_codec(name).encode(delta, key="t", bits=bits) for bits in (2, 2.0))
@@ -255,7 +258,7 @@ def test_dither_bound_holds(rows: int, columns: int, scale: float, error: float,
     assert coded.facts["error"]["bound"] <= limit * (1 + 1e-12)
 
 
-UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24"}  # with `scale: gain`, the default
+UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24", "hadamard"}  # with `scale: gain`, the default
 
 
 @given(

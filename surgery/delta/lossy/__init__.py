@@ -5,6 +5,7 @@ from surgery.delta.lossy import (  # noqa: F401
     delta_come,
     dither,
     group,
+    hadamard,
     hybrid,
     lowrank,
     nf4,
