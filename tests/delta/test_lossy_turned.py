@@ -69,3 +69,86 @@ def test_hadamard_fitted_to_inputs(axis: int) -> None:
     found = output_error(h, d, back if axis == 1 else back.T)
     assert found < 0.6 * output_error(h, d, blind)
     assert made.facts["error"]["output"] == pytest.approx(found, rel=1e-6)
+
+
+# -- weak columns ----------------------------------------------------------------------------------------------------------
+
+
+def outlying(columns: list[int], size: int = 48) -> np.ndarray:
+    """A Gram matrix of inputs of which some are 30 times as large."""
+    h = gram(size)
+    by = np.where(np.isin(np.arange(size), columns), 30.0, 1.0)
+    return h * by[:, None] * by[None]
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_weak_columns(axis: int) -> None:
+    """Those whose input is large are chosen, make up for what the others lose, and leave little."""
+    weak, d = [5, 17, 40], delta(32, 48)
+    h, how = outlying(weak), {"quantiser": {"codec": "group", "bits": 3, "group": 16, "scale": "l2"}}
+    x = d if axis == 1 else np.ascontiguousarray(d.T)
+    made, back = coded("columns", x, Inputs(h, axis=axis), count=3, **how)
+    assert np.frombuffer(made.parts["columns"], "<u4").tolist() == weak
+    back = back if axis == 1 else back.T
+    error = (back - d).astype(np.float64)
+    damped = h + 0.01 * np.trace(h) / 48 * np.eye(48)
+    rest = [j for j in range(48) if j not in weak]
+    best = -error[:, rest] @ damped[np.ix_(rest, weak)] @ np.linalg.inv(damped[np.ix_(weak, weak)])
+    np.testing.assert_allclose(error[:, weak], best, atol=2e-3 * np.abs(d).max())  # float16
+    none = coded("group", x, Inputs(h, axis=axis), bits=3, group=16)[1]
+    assert output_error(h, d, back) < 0.6 * output_error(h, d, none if axis == 1 else none.T)
+
+
+def test_weak_columns_without_data_are_those_with_the_largest_errors() -> None:
+    d = heavy((40, 30), 5)
+    how = {"codec": "group", "bits": 4, "group": 30}
+    alone = coded("group", d, None, bits=4, group=30)[1]
+    worst = np.argsort(-np.square(alone.astype(np.float64) - d).sum(axis=0), kind="stable")[:4]
+    made, back = coded("columns", d, None, count=4, quantiser=how)
+    assert sorted(worst) == np.frombuffer(made.parts["columns"], "<u4").tolist()
+    np.testing.assert_allclose(back[:, worst], d[:, worst], rtol=1e-3, atol=1e-3 * np.abs(d).max() * 2**-10)
+    others = d.copy()
+    others[:, worst] = 0
+    rest = [j for j in range(30) if j not in worst]
+    np.testing.assert_array_equal(back[:, rest], coded("group", others, None, bits=4, group=30)[1][:, rest])
+
+
+# -- two levels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_two_levels(bits: int) -> None:
+    x = heavy((10, 70), 4)
+    made, back = coded("two_level", x, None, bits=bits, group=32, scale="l2")
+    facts, parts = made.facts, made.parts
+    outer = np.frombuffer(parts["scales"], "<f2").astype(np.float64) * 2.0 ** facts["exponent"]
+    np.testing.assert_allclose(outer, np.abs(x).max(axis=1) / 119, rtol=2**-11, atol=outer.max() * 2.0**-25)
+    steps = np.frombuffer(parts["steps"], np.uint8).astype(np.float64).reshape(10, 3)
+    flat = np.unpackbits(np.frombuffer(parts["zeros"], np.uint8), bitorder="little")[: 30 * bits].reshape(30, bits)
+    zeros = (flat @ (1 << np.arange(bits))).reshape(10, 3)
+    for row, out, scale, step, zero in zip(x.astype(np.float64), back, outer, steps, zeros, strict=True):
+        if scale == 0:
+            assert not out.any()
+            continue
+        w8 = out / (scale * facts["factor"])
+        np.testing.assert_allclose(w8, np.rint(w8), atol=1e-4)
+        assert np.all((np.rint(w8) >= -128) & (np.rint(w8) <= 127))
+        for i, (a, b) in enumerate([(0, 32), (32, 64), (64, 70)]):
+            wanted = row[a:b] / scale
+            q = np.clip(np.rint(wanted / step[i]) + zero[i], 0, 2**bits - 1)
+            np.testing.assert_allclose(np.rint(w8[a:b]), (q - zero[i]) * step[i], atol=1e-9)
+            if bits == 4:  # nothing is cut off at full range
+                span = max(wanted.max(), 0) - min(wanted.min(), 0)
+                assert step[i] <= max(1.0, np.rint(span / 15))
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_two_levels_keep_within_a_byte_under_feedback(axis: int) -> None:
+    h, d = gram(70), 30 * delta(66, 70)
+    x = d if axis == 1 else np.ascontiguousarray(d.T)
+    made, back = coded("two_level", x, Inputs(h, axis=axis), bits=2, group=16)
+    outer = np.frombuffer(made.parts["scales"], "<f2").astype(np.float64) * 2.0 ** made.facts["exponent"]
+    w8 = back / (outer * made.facts["factor"])[:, None]
+    assert np.all((np.rint(w8) >= -128) & (np.rint(w8) <= 127)) and np.abs(w8 - np.rint(w8)).max() < 1e-3
+    blind = coded("two_level", d, None, bits=2, group=16)[1]
+    assert output_error(h, d, back if axis == 1 else back.T) < 0.7 * output_error(h, d, blind)
