@@ -207,6 +207,28 @@ def test_distilled_scales(rig: dict[str, Path], tmp_path: Path) -> None:
     assert signs[0] == signs[1] and len(signs[0]) == 14
 
 
+def test_tuned_codebooks(rig: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PV-Tuning: trained words and scales bring outputs far nearer than words fitted layer by layer; words change places only
+    where the loss on the texts falls for it."""
+    from surgery.delta.calibration import codebooks
+
+    how = {"dims": 2, "width": 4}
+    monkeypatch.setattr(codebooks, "tune_codebooks", lambda *given, **more: 0)
+    fitted = made(rig, tmp_path / "a", "vq", **how)
+    monkeypatch.undo()
+    losses = []
+    judged = codebooks._Moves._loss
+    monkeypatch.setattr(codebooks._Moves, "_loss", lambda self: losses.append(judged(self)) or losses[-1])
+    tuned = made(rig, tmp_path / "b", "vq", **how)
+    assert tuned["evaluation"]["error"] < 0.3 * fitted["evaluation"]["error"]
+    assert tuned["evaluation"]["kl"] < fitted["evaluation"]["kl"]
+    assert {e["layer"]["codec"] for n, e in tuned["tensors"].items() if "_proj" in n} == {"vq/1"}
+    taken = [b < a for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert any(taken)
+    codes = [[p[2] for p in m["parts"] if p[0].endswith("/codes")] for m in (fitted, tuned)]
+    assert codes[0] != codes[1] and len(codes[0]) == 14
+
+
 def test_low_rank_repair(rig: dict[str, Path], tmp_path: Path) -> None:
     """Acceptance of LREC: of what two-bit rounding costs, a trained low-rank part brings back at least 70 %."""
     blind = made(rig, tmp_path / "a", "group", calib=False, bits=2, scale="l2")["evaluation"]

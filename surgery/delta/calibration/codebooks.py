@@ -1,8 +1,9 @@
 """Training codebooks, and which word stands for which vector, so that outputs match the fine-tuned model's.
 
-PV-Tuning (arXiv:2405.14852): what is continuous (words, scales of rows) is trained by gradients (P); every few steps some
-vectors get other words (V). Those are the vectors that a step of Adam would move furthest, at most 1 % at once; each gets the
-word nearest to where it would go. New words stay where the loss on a few fixed texts falls; else the next attempt is shorter.
+PV-Tuning (arXiv:2405.14852): what is continuous (words, scales of rows) is trained by gradients (P); some vectors get other
+words (V). Those are the vectors that a step of Adam would move furthest, at most 0.3 % at once; each gets the word nearest to
+where it would go. New words stay where the loss on a few fixed texts falls; else the next attempt is shorter. Attempts begin
+halfway: earlier, gradients do better alone, and what moves beneath them puts them off.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from surgery.delta.deltas import Deltas
 from surgery.delta.lossy import vq
 from surgery.delta.lossy.common import rows_of
 
-_EVERY, _SHARE = 2, 0.01  # steps from attempt to attempt; of the vectors that get other words at once
+_EVERY, _SHARE = 2, 0.003  # steps from attempt to attempt; of the vectors that get other words at once
+_FROM = 0.5  # share of the steps after which attempts begin
 _DECAY, _FURTHER, _LESS = 0.95, 1.3, 0.6  # of second moments; factors of how far an attempt goes
 _JUDGES = 16  # texts that judge an attempt
 
@@ -89,7 +91,7 @@ def tune_codebooks(
         for held in seen.values():
             held.clear()
         moves.follow(gradients)
-        if move and done % _EVERY == 0:
+        if move and done % _EVERY == 0 and done > _FROM * steps:
             moves.attempt(gradients)
 
     rates = {one.words: rate * max(float(one.words.detach().square().mean().sqrt()), 1e-8) for one in all_of.values()}

@@ -15,7 +15,7 @@ from surgery.delta.codecs.base import lossy_codec
 TITLE = "Progressive group quantisation (QServe)"
 SOURCE = (
     "Lin et al. 2024, QServe: W4A8KV4 quantization and system co-design, arXiv 2405.04532. Of its parts the weights' format; "
-    "its smoothing is in `qqq.py`, its rotation in `quest.py`; speed on a GPU is not measured."
+    "its smoothing is in `qserve.py`, its rotation in `quest.py`; speed on a GPU is not measured."
 )
 RIG = "digits"
 BITS, GROUP = (2, 3, 4), 32
