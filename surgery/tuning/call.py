@@ -23,7 +23,8 @@ class Tuned:
 
     model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
     trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
-    adapted: matrices that got a low-rank change instead (spt, structured); it is inside them.
+    adapted: matrices that got a low-rank change instead (spt, structured); it is inside them. rounded: what was trained through
+    rounding, and is rounded now.
     history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the
     validation figures of the result, averages included. phases: the history of runs before the last, of methods that make any.
     """
@@ -37,6 +38,7 @@ class Tuned:
     masks: dict[str, Any]
     phases: dict[str, list[dict[str, float]]]
     adapted: list[str]
+    rounded: list[str]
 
 
 def tune(
@@ -88,7 +90,7 @@ def tune(
             raise Failed(f"tune: stopped: {problem}; the model holds the weights from before it",
                          hint="a lower lr, or warmup") from None  # fmt: skip
     return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks,
-                 made.phases, made.adapted)  # fmt: skip
+                 made.phases, made.adapted, made.rounded)  # fmt: skip
 
 
 class Supervised(torch.nn.Module):

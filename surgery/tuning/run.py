@@ -84,14 +84,15 @@ def _write(
     if job.output == "adapter":
         write_adapter(fitted.model, source, made)
     else:
-        model = fitted.model.merge_and_unload() if job.settings.method == "lora" else fitted.model
+        model = fitted.model.merge_and_unload() if hasattr(fitted.model, "peft_config") else fitted.model
         write_checkpoint(model, source, made)
     write_record(made, job, source, task, fitted, data)
     if job.output == "delta":
         from surgery.delta.pack import pack
         from surgery.inputs import open_node
 
-        packed = pack(open_node(job.model), open_node(str(made)), folder / output.final.name)
+        choose = _as_trained(job, fitted) if fitted.coded else None
+        packed = pack(open_node(job.model), open_node(str(made)), folder / output.final.name, choose=choose)
         warnings += packed.warnings
         packed.path.replace(output.final)
         output.abandon()
@@ -100,6 +101,14 @@ def _write(
     shutil.rmtree(folder / "last-good", ignore_errors=True)
     output.publish()
     return sum(p.stat().st_size for p in output.final.iterdir() if p.suffix == ".safetensors"), warnings
+
+
+def _as_trained(job: Job, fitted: Fitted) -> Any:
+    """Deltas that were trained through a codec are carried by it, as they were coded; all else exactly."""
+    from surgery.tuning.through import Trained
+
+    codec = Trained((job.settings.through or {})["codec"], fitted.coded)
+    return lambda tensor: (codec, {}) if tensor.name in fitted.coded else None
 
 
 def _stopped(problem: Diverged, given: Given, source: Any, folder: Path) -> Failed:

@@ -125,6 +125,31 @@ FAST_FORWARD: Schema = _map(
     }
 )
 
+THROUGH: Schema = _map(
+    {
+        "codec": {"enum": ["hadamard", "group", "quantile"], "description": "A lossy codec of packages."},
+        "bits": _count("Bits of a number.", default=4),
+        "of": {
+            "enum": ["weights", "delta", "adapter", "base"],
+            "default": "weights",
+            "description": "What is rounded: matrices, their change, an adapter's factors, or the base below an adapter.",
+        },
+        "trust": {"type": "boolean", "description": "No gradient where a number lies beyond the grid; default: for hadamard."},
+        "learned": {"type": "boolean", "default": False, "description": "Train the steps of the grid as well."},
+        "group": _count("Of codec group: numbers that share a step."),
+        "scale": {"enum": ["gain", "l2"], "description": "Of codecs group and hadamard; default l2, the least squared error."},
+        "criterion": {"enum": ["mse", "l1"], "description": "Of codec quantile: what its levels minimise."},
+    },
+    ["codec"],
+)
+
+DISTIL: Schema = _map(
+    {
+        "share": _number("Of the loss; the rest is the task's.", default=1.0, above=0, high=1),
+        "temperature": _number("That both outputs are softened by.", default=1.0, above=0),
+    }
+)
+
 _TRAIN: Schema = {
     "anyOf": [{"type": "string"}, {"type": "array", "minItems": 2, "items": {"type": "string"}}],
     "description": "A file; or several, which are a stream of tasks, trained on one after the other.",

@@ -96,6 +96,7 @@ def write_record(folder: Path, job: Job, source: Source, task: Task, fitted: Fit
                 "of": fitted.total,
                 "new": sorted(task.new),
                 **({"adapted": fitted.adapted} if fitted.adapted else {}),
+                **({"rounded": fitted.rounded} if fitted.rounded else {}),
             },
             "left_out": task.left_out,
             "history": [{k: v for k, v in h.items() if k != "batches"} for h in fitted.history],
