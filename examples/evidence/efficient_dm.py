@@ -17,9 +17,9 @@ from evidence.rounding import decoded
 
 TITLE = "EfficientDM and error correction"
 SOURCE = (
-    "He et al. 2024, EfficientDM: efficient quantization-aware fine-tuning of low-bit diffusion models, arXiv 2310.03270; Chai "
-    "et al. 2023, INT2.1: towards fine-tunable quantized LLMs with error correction, arXiv 2306.08162. Models are fine-tunes of "
-    "the rig; rank 8, 200 steps, targets are their own outputs in floating point."
+    "He et al. 2024, EfficientDM: efficient quantization-aware fine-tuning of low-bit diffusion models, arXiv 2310.03270; "
+    "Chai et al. 2023, INT2.1: towards fine-tunable quantized LLMs with error correction, arXiv 2306.08162. Models are "
+    "fine-tunes of the rig; rank 8, 200 steps, targets are their own outputs in floating point."
 )
 RIG = "digits"
 BITS, RANK, SOME, WAY = (2, 3, 4), 8, TARGETS[:2], {"codec": "group", "group": 64}
@@ -86,7 +86,7 @@ def trained(rig: Digits, domain: str, kind: str, bits: int) -> surgery.Checkpoin
     start = rig.tuned(domain)
     through = {**WAY, "bits": bits, "of": "base" if kind == "base" else "weights", "learned": kind == "dm"}
     method = {"lora": {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["fc1", "fc2"]}}
-    settings = {**RECIPE, "lr": 1e-2, "seed": 10 * rig.seed, "method": method, "through": through, "distil": True}
+    settings = {**RECIPE, "lr": 2e-3, "seed": 10 * rig.seed, "method": method, "through": through, "distil": True}
 
     def make(folder: Path) -> None:
         net = rig.alive(start)

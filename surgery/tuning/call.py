@@ -50,6 +50,7 @@ def tune(
     collate: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
     metrics: Callable[[Any], Mapping[str, float]] | None = None,
     stages: Sequence[int] = (),
+    calibration: Any = None,
     folder: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -61,8 +62,9 @@ def tune(
     float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the model's arguments,
     or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not return it.
     metrics: of transformers' EvalPrediction. stages: of a stream of tasks, how many of the examples, in their order, each has:
-    they are trained on one after the other, `epochs` times each. folder: where states are saved, so that `resume` can go on
-    from the last one; without it none are. progress: called with (step, steps, loss).
+    they are trained on one after the other, `epochs` times each. calibration: a dataset that an adapter starts from (CorDA,
+    EVA); default the one it is trained on. folder: where states are saved, so that `resume` can go on from the last one;
+    without it none are. progress: called with (step, steps, loss).
 
     Raises Refused for settings and data that cannot be used, Failed when a loss is not finite: the model then holds the
     weights from before that step.
@@ -75,6 +77,8 @@ def tune(
     if wrong:
         raise Refused(f"tune: `{wrong[0]}` is {next(iter(model.parameters())).dtype}; training counts in float32",
                       hint="model.float()")  # fmt: skip
+    if read.method == "lora" and "calibration" in read.options:
+        raise Refused("tune(method.lora.calibration): a file belongs into a tune file", hint="tune(calibration=dataset)")
     if resume and folder is None:
         raise Refused("tune: there is nothing to resume without a folder")
     own = not isinstance(model, PreTrainedModel)
@@ -82,7 +86,7 @@ def tune(
         raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")
     around = (lambda inner: Supervised(inner, loss)) if own or loss is not None else None
     given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics, around=around,
-                  stages=stages)  # fmt: skip
+                  stages=stages, calibration=calibration)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)

@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from surgery.errors import Refused
-from surgery.tuning import methods
+from surgery.tuning import methods, starts
 from surgery.tuning.averages import KINDS
 from surgery.tuning.distil import Teacher
 from surgery.tuning.forward import FastForward
@@ -44,6 +44,7 @@ class Fitted:
     adapted: list[str] = field(default_factory=list)  # matrices with a low-rank change
     rounded: list[str] = field(default_factory=list)  # what was trained through rounding
     coded: dict[str, Any] = field(default_factory=dict)  # of deltas: their codes, by the tensor's name
+    initial: Path | None = None  # where the adapter lies that was taken out of the base
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Given:
     kind: str | None = None  # peft's word for the task
     around: Callable[[Any], Any] | None = None
     stages: Sequence[int] = ()  # of a stream of tasks: how many of the training examples each has
+    calibration: Any = None  # what adapters start from, where they start from data
 
     @property
     def run(self) -> Any:
@@ -71,8 +73,13 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
         raise Refused("there are no examples to train on")
     matrices = _matrices(given, settings.through) if settings.through is not None else {}
     teacher = None if settings.distil is None else _teacher(given, settings)
+    initial: Path | None = None
     if settings.method == "lora":
-        given.model = methods.adapted(given.model, settings.options, given.kind)
+        given.model = methods.adapted(given.model, settings.options, given.kind, lambda: starts.Batches(given, settings))
+        if starts.kind(settings.options) in starts.MOVED:
+            initial = folder / "initial"
+            shutil.rmtree(initial, ignore_errors=True)
+            given.model.save_pretrained(initial)
     if settings.regularise.get("neftune") and not hasattr(given.model, "get_input_embeddings"):
         raise Refused(f"regularise.neftune: {type(given.model).__name__} has no token embeddings")
     parts = Parts(given.model, given.new)
@@ -128,7 +135,7 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
     return Fitted(
         given.model, names, entries, sum(p.numel() for p in parts.parameters.values()), tuner.history, phases, final,
         kept.state() if kept is not None else {}, adapted,
-        *((tuner.through.names, tuner.through.coded) if tuner.through is not None else ()),
+        *((tuner.through.names, tuner.through.coded) if tuner.through is not None else ([], {})), initial,
     )  # fmt: skip
 
 

@@ -27,7 +27,14 @@ _DENSITY = _number("Share of the entries that are trained.", default=0.05, above
 
 METHODS: dict[str, Schema] = {
     "full": {"const": None, "description": "Every tensor."},
-    "lora": {"type": "object", "description": "An adapter by peft; keys are its config's, and peft_type for others than LORA."},
+    "lora": {
+        "type": "object",
+        "description": "An adapter by peft; keys are its config's, and peft_type for others than LORA.",
+        "properties": {
+            "calibration": {"type": "string", "description": "What corda and eva start from; default: what is trained on."},
+            "calibration_examples": _count("How many of it at most; default 256."),
+        },
+    },
     "head": {"const": None, "description": "What comes after the model proper: the classifier, the language model's head."},
     "last": _count("The last k blocks, and what comes after them."),
     "frozen": _count("Everything but the embeddings and the first k blocks."),
@@ -136,6 +143,7 @@ THROUGH: Schema = _map(
         },
         "trust": {"type": "boolean", "description": "No gradient where a number lies beyond the grid; default: for hadamard."},
         "learned": {"type": "boolean", "default": False, "description": "Train the steps of the grid as well."},
+        "step_lr": _number("Of learned steps, relative to their size; default: a tenth of `lr`.", above=0),
         "group": _count("Of codec group: numbers that share a step."),
         "scale": {"enum": ["gain", "l2"], "description": "Of codecs group and hadamard; default l2, the least squared error."},
         "criterion": {"enum": ["mse", "l1"], "description": "Of codec quantile: what its levels minimise."},

@@ -145,12 +145,19 @@ def _through(given: dict[str, Any], place: Place) -> dict[str, Any]:
     if given["learned"] and given["of"] != "weights":
         raise Refused(f"{place('through', 'learned')}: steps are learned from those of weights; of: {given['of']} has none "
                       "to begin with", hint="of: weights")  # fmt: skip
+    if "step_lr" in given and not given["learned"]:
+        raise Refused(f"{place('through', 'step_lr')}: no step is learned", hint="learned: true")
     return {**given, **own, "trust": given.get("trust", uniform and not given["learned"])}
 
 
 def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
     """Settings that exclude each other."""
     if s.method == "lora":
+        start = str(s.options.get("init_lora_weights", "")).lower()
+        for key in ("calibration", "calibration_examples"):
+            if key in s.options and start not in ("corda", "eva"):
+                raise Refused(f"{place('method', 'lora', key)}: only adapters that start from data look at any",
+                              hint="init_lora_weights: corda, or eva")  # fmt: skip
         for key in ("l2_sp", "mixout"):
             if s.regularise.get(key):
                 raise Refused(f"{place('regularise', key)}: {key} pulls weights towards the base; with lora they stay there",
@@ -216,7 +223,7 @@ def _choice(key: str, value: Any, table: Mapping[str, Schema], place: Place) -> 
 
 
 def _complete(schema: Schema, value: Any, place: Place, path: tuple[str, ...]) -> dict[str, Any]:
-    if isinstance(value, Mapping) and "properties" in schema:
+    if isinstance(value, Mapping) and schema.get("additionalProperties") is False:
         _unknown(value, list(schema["properties"]), place, path, ".".join(path))
         value = {k: v for k, v in value.items() if v is not None}
         inner = {k: s for k, s in schema["properties"].items() if "properties" in s and k in value}

@@ -135,12 +135,12 @@ class Tuner(Trainer):
         """Groups by weight decay (matrices only) and, with layer decay, by distance from the output."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups: dict[tuple[bool, int], list[Any]] = {}
+            groups: dict[tuple[bool, int, float], list[Any]] = {}
             top = self.parts.depth + 1
             for name, p in self.trained.items():
                 matrix = Adapters.matrix_of(name).removesuffix(".step")
                 height = self.parts.height(matrix) if self.settings.layer_decay is not None else top
-                groups.setdefault((p.ndim >= 2, height), []).append(p)
+                groups.setdefault((p.ndim >= 2, height, self._rate(name)), []).append(p)
             rate = self.settings.layer_decay or 1.0
             if not self.parts.depth and rate != 1.0:
                 raise Refused("layer_decay: the model has no blocks")
@@ -149,13 +149,19 @@ class Tuner(Trainer):
                     {
                         "params": params,
                         "weight_decay": self.settings.weight_decay if decays else 0.0,
-                        "lr": self.settings.lr * rate ** max(0, self.parts.depth - height),
+                        "lr": base * rate ** max(0, self.parts.depth - height),
                     }
-                    for (decays, height), params in sorted(groups.items(), key=lambda item: item[0])
+                    for (decays, height, base), params in sorted(groups.items(), key=lambda item: item[0])
                 ],
                 **options,
             )
         return self.optimizer
+
+    def _rate(self, name: str) -> float:
+        """The learning rate of a parameter without layer decay."""
+        if self.through is None or name not in self.through.parameters:
+            return self.settings.lr
+        return float((self.settings.through or {}).get("step_lr", 0.1 * self.settings.lr))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Side by side models (stock) go through the same learning rates."""

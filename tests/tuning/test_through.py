@@ -302,6 +302,7 @@ def test_an_adapter_of_one_bit(home: Path, tmp_path: Path) -> None:
         ({"through": {"codec": "group", "trust": True}}, "through.trust: trust belongs to hadamard, not to group"),
         ({"through": {"codec": "hadamard", "trust": True, "learned": True}}, "learned steps have a mask of their own"),
         ({"through": {"codec": "group", "of": "delta", "learned": True}}, "through.learned: steps are learned from those of w"),
+        ({"through": {"codec": "group", "step_lr": 0.1}}, "through.step_lr: no step is learned"),
         ({"through": {"codec": "group", "of": "adapter"}}, "through.of: adapter goes with `method: lora`, not with full"),
         ({"through": {"codec": "group"}, "regularise": {"mixout": 0.5}}, "mixout and through would both rewrite the weights"),
         ({"through": {"codec": "group"}, "method": {"lora": {}}, "output": "adapter"}, "the adapter and its base are one"),
