@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from surgery.errors import Refused
-from surgery.tuning import methods, starts
+from surgery.tuning import columns, methods, starts
 from surgery.tuning.averages import KINDS
 from surgery.tuning.distil import Teacher
 from surgery.tuning.forward import FastForward
@@ -24,7 +24,7 @@ from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.structured import Adapters, split
 from surgery.tuning.tasks import quiet
-from surgery.tuning.through import Through
+from surgery.tuning.through import Through, grid_of
 from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
 
 
@@ -97,10 +97,14 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
             masks, phases["choosing"] = _far(given, parts, settings, folder, save=save, resume=resume, progress=progress)
         elif settings.method == "diff_pruning":
             masks, phases["gating"] = _gated(given, parts, settings, folder, save=save, resume=resume, progress=progress)
+        elif settings.method == "columns":
+            grid = None if settings.through is None else grid_of(settings.through)
+            masks = columns.weak(parts, settings.options, settings.seed, grid)
         tuner = _tuner(given, parts, settings, folder, save=save, progress=progress)
         at = last_whole(folder) if resume else None
         if settings.through is not None:
-            tuner.through = Through(given.model, matrices, tuner.trained, settings.through)
+            kept_out = masks if settings.method == "columns" else None
+            tuner.through = Through(given.model, matrices, tuner.trained, settings.through, weak=kept_out)
         if teacher is not None:
             teacher.watch(given.model)
             tuner.teacher = teacher
@@ -200,7 +204,7 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
             raise Refused("regularise.mixout: no linear or convolution layer that came with the base is trained")
     if settings.average is not None:
         tuner.average = KINDS[settings.average](tuner.trained, **settings.average_options)
-    if settings.method in ("lt_sft", "lift", "random", "sara", "spt", "diff_pruning"):
+    if settings.method in ("lt_sft", "lift", "random", "sara", "spt", "diff_pruning", "columns"):
         tuner.masks = Masks(parts.parameters)
         if settings.method == "lift":
             tuner.renew = methods.Principal(parts, tuner.masks, settings.options)

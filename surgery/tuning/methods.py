@@ -42,7 +42,7 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
         return names if settings.options["norms"] else {n for n in names if n in parts.head or not is_norm(n, parts)}
     if settings.method == "diff_pruning":
         return names
-    if settings.method in ("lift", "random", "sara", "spt"):
+    if settings.method in ("lift", "random", "sara", "spt", "columns"):
         if not parts.matrices:
             raise Refused(f"method: {settings.method}: the model has no matrices outside head and embeddings")
         structured = settings.method == "spt" and settings.options.get("structured")

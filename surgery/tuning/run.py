@@ -52,6 +52,8 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
     asked = job.settings.options.get("calibration") if job.settings.method == "lora" else None
     if asked is not None:
         files += data_files({"train": asked})
+    if job.settings.method == "columns" and job.settings.options.get("statistics"):
+        files += sorted(Path(job.settings.options["statistics"]).glob("*.safetensors"))
     data = digests(files)
     output = Output(final, [Path(p) for p in source.files] + files, resume=resume, overwrite=overwrite)
     set_seed(job.settings.seed)

@@ -64,6 +64,19 @@ METHODS: dict[str, Schema] = {
             "epochs": _number("Of the first run, with gates; default: `epochs`.", above=0),
         }
     ),
+    "columns": _map(
+        {
+            "statistics": {"type": "string", "description": "Gram matrices: what `surgery statistics --kind gram` wrote."},
+            "count": _count("Weak columns of every matrix; overrides share."),
+            "share": _number("Share of the columns that is weak.", default=0.03, above=0, high=1),
+            "choice": {
+                "enum": ["inputs", "error", "random"],
+                "default": "inputs",
+                "description": "By the inputs' sizes; these times the columns' rounding errors; or drawn, to compare.",
+            },
+            "seed": {"type": "integer", "description": "Of a random choice; default: `seed`."},
+        }
+    ),
     "random": _map({"density": _DENSITY, "seed": {"type": "integer", "description": "Of the draw; default: `seed`."}}),
     "sara": _map(
         {

@@ -169,6 +169,9 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
         if of in ("adapter", "base") and s.method != "lora":
             raise Refused(f"{place('through', 'of')}: {of} goes with `method: lora`, not with {s.method}",
                           hint="of: weights, or delta")  # fmt: skip
+        if of != "weights" and s.method == "columns":
+            raise Refused(f"{place('through', 'of')}: of what `method: columns` leaves alone nothing but the weights can be "
+                          "rounded", hint="of: weights")  # fmt: skip
         if s.regularise.get("mixout"):
             raise Refused(f"{place('regularise', 'mixout')}: mixout and through would both rewrite the weights")
         if s.average == "stock" and s.through["learned"]:

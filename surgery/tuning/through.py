@@ -72,8 +72,8 @@ class Through:
         self.of: str = options["of"]
         self._model, self._options = model, options
         self._codec = lossy_codec(options["codec"])
-        self._given = {k: options[k] for k in self._codec.options if k in options}
-        self.grid = Grid.KINDS[options["codec"]](self._given)
+        self.grid = grid_of(options)
+        self._given = self.grid.options
         self._trust: bool = options["trust"]
         self._merged = self.of in ("weights", "delta") and hasattr(model, "peft_config")
         self._on, self._done = True, False
@@ -185,6 +185,12 @@ class Through:
             self.coded[target.name] = coded
         made = self._codec.decode(coded, value.shape, target.name, 0, value.size).reshape(value.shape)
         return torch.from_numpy(made).to(latent.device)
+
+
+def grid_of(options: Mapping[str, Any]) -> Grid:
+    """Of a tune file's `through`."""
+    codec = lossy_codec(options["codec"])
+    return Grid.KINDS[options["codec"]]({k: options[k] for k in codec.options if k in options})
 
 
 class Trained(Codec):
