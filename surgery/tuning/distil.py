@@ -31,7 +31,7 @@ class Teacher:
     def watch(self, model: Any) -> None:
         """The model as it will be trained, with its adapter. Only what can differ from the start is kept."""
         self._live = model
-        self._start = {i: (p, s) for i, (p, s) in self._start.items() if p.requires_grad or not torch.equal(p, s)}
+        self._start = {i: (p, s) for i, (p, s) in self._start.items() if p.requires_grad or not torch.equal(p, s.to(p.device))}
         self._slots = [
             (module, key, p) for module in model.modules() for key, p in module._parameters.items()
             if p is not None and id(p) in self._start

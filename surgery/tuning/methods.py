@@ -167,6 +167,7 @@ def adapted(model: Any, options: Mapping[str, Any], kind: str | None, batches: C
         config: Any = known[name]
         made = config(**({"task_type": kind} if kind else {}), **options)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls there
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         start = starts.kind(options)
         if start == "corda":
             made = starts.prepared(model, made, batches())

@@ -153,7 +153,10 @@ def _through(given: dict[str, Any], place: Place) -> dict[str, Any]:
 def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
     """Settings that exclude each other."""
     if s.method == "lora":
-        start = str(s.options.get("init_lora_weights", "")).lower()
+        if s.through is not None and s.through["of"] == "adapter" and _start(s) in ("pissa", "olora", "corda"):
+            raise Refused(f"{place('through', 'of')}: an adapter taken out of the base is written with its start beside it, "
+                          "which is not rounded", hint="init_lora_weights: true, or eva; or of: weights")  # fmt: skip
+        start = _start(s)
         for key in ("calibration", "calibration_examples"):
             if key in s.options and start not in ("corda", "eva"):
                 raise Refused(f"{place('method', 'lora', key)}: only adapters that start from data look at any",
@@ -196,6 +199,11 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
         raise Refused(f"{place('average')}: elastic goes back to where masked entries were; lift moves its mask")
     if s.method == "lift" and "budget" in s.options and "density" in (_options(data.get("method")) or {}):
         raise Refused(f"{place('method', 'lift')}: give density or budget, not both")
+
+
+def _start(s: Settings) -> str:
+    """How an adapter starts: the word of peft's `init_lora_weights`."""
+    return str(s.options.get("init_lora_weights", "")).lower().partition("_niter_")[0]
 
 
 def _named(value: Any) -> str:

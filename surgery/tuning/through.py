@@ -103,9 +103,10 @@ class Through:
         if self.of == "adapter":
             return [Rounded(n, p) for n, p in trained.items() if _factor(n) and p.ndim >= 2]
         if self.of in ("weights", "base"):
-            return [Rounded(n, p, layer=layers.get(id(p)), weak=weak.get(n)) for n, (p, _) in matrices.items()]
+            kept = {n: m.to(matrices[n][0].device) for n, m in weak.items()}
+            return [Rounded(n, p, layer=layers.get(id(p)), weak=kept.get(n)) for n, (p, _) in matrices.items()]
         ids = {id(p) for p in trained.values()} | set(layers)
-        return [Rounded(n, p, s, layers.get(id(p)), weak.get(n)) for n, (p, s) in matrices.items() if id(p) in ids]
+        return [Rounded(n, p, s.to(p.device), layers.get(id(p))) for n, (p, s) in matrices.items() if id(p) in ids]
 
     @property
     def names(self) -> list[str]:
@@ -181,7 +182,7 @@ class Through:
         latent = target.latent().detach()
         value = np.ascontiguousarray(latent.cpu().numpy(), np.float32)
         coded = self._codec.encode(value, key=target.name, **self._given)
-        if self.of == "delta" and target.weak is None:
+        if self.of == "delta":
             self.coded[target.name] = coded
         made = self._codec.decode(coded, value.shape, target.name, 0, value.size).reshape(value.shape)
         return torch.from_numpy(made).to(latent.device)

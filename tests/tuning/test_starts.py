@@ -171,6 +171,12 @@ def test_what_cannot_be_started_from(home: Path, tmp_path: Path, start: str, mor
     assert not (tmp_path / "o").exists()
 
 
+def test_a_start_out_of_the_base_is_not_rounded(home: Path) -> None:
+    with pytest.raises(Refused, match="written with its start beside it"):
+        job(home, "pissa", through={"codec": "group", "of": "adapter"})
+    assert job(home, "pissa", through={"codec": "group"}).output == "checkpoint"
+
+
 def test_calibration_is_for_starts_from_data(home: Path) -> None:
     with pytest.raises(Refused, match="only adapters that start from data look at any"):
         job(home, True, lora={"calibration": "x.txt"})
