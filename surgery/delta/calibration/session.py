@@ -76,12 +76,14 @@ class Calibration:
         return made
 
     def _train(self, fitted: Fitted) -> None:
+        from surgery.delta.calibration.codebooks import tune_codebooks
         from surgery.delta.calibration.distil import distil_scales, repair
 
         assert self.tuned is not None and self.texts is not None
         given: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         what = (fitted, self.deltas, self.tuned, self.texts)
         distil_scales(*what, step=lambda i, n: self.step("distilling scales", i, n), **given)
+        tune_codebooks(*what, step=lambda i, n: self.step("tuning codebooks", i, n), **given)
         if self.repair:
             repair(*what, rank=self.repair, step=lambda i, n: self.step("repairing", i, n), **given)
 

@@ -142,7 +142,7 @@ def stored(coded: Coded, shape: tuple[int, ...]) -> Vectors:
     count, many = -(-length // books.words.shape[2]), len(books.words)
     index = packing.unpack(coded.parts["codes"], width, rows * count * many, 0, rows * count * many)
     by = scales.from_half(coded.parts["scales"], coded.facts["exponent"], rows, 0, rows) * factor
-    return Vectors(books, _known(index, books).reshape(rows, count, many), by)
+    return Vectors(books, _known(index, books).reshape(rows, count, many).astype(np.int64), by)
 
 
 def _books(coded: Coded) -> tuple[Books, int, float]:
