@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from rig import collected
-from rig.digits import TARGETS, Digits
+from rig.digits import RECIPE, TARGETS, Digits, train, write
 from rig.store import once
+from torch.utils.data import TensorDataset
 
 import surgery
 import surgery.lab as lab
@@ -24,10 +25,10 @@ from surgery.delta.pack import pack
 TITLE = "Low rank by context"
 SOURCE = (
     "Yang et al. 2024, CorDA: context-oriented decomposition adaptation, arXiv 2406.05223. Decomposed is W C with C C^T = "
-    "X^T X here, the optimum; the paper takes W X^T X. Its adapters, made of the leading or the last triples, are not here."
+    "X^T X here, the optimum; the paper takes W X^T X, as peft does for its adapters (`init_lora_weights: corda`)."
 )
 RIG = "digits"
-RANKS, KEPT = (4, 8, 16, 32), (8, 16)
+RANKS, KEPT, LOOKED = (4, 8, 16, 32), (8, 16), "clean"
 NAMES = tuple(f"blocks.{i}.{m}.weight" for i in (0, 2, 5) for m in ("fc1", "fc2"))
 CLAIMS = [
     Claim(
@@ -66,6 +67,21 @@ CLAIMS = [
         "own > other's",
         lambda f: f.own > f.other,
     ),
+    Claim(
+        "An adapter of the last triples forgets the domain whose inputs were looked at less than one of the leading ones, and "
+        "less than LoRA.",
+        "TriviaQA after tuning on MetaMath: KPM 44.3, LoRA 42.2",
+        "rank 8, accuracy on that domain, {kept} before: last triples {kept_kpm}, leading {kept_ipm}, LoRA {kept_lora}",
+        "last > leading and > LoRA",
+        lambda f: f.kept_kpm > f.kept_ipm and f.kept_kpm > f.kept_lora,
+    ),
+    Claim(
+        "One of the leading triples of the target's own inputs learns the target better than LoRA.",
+        "GSM8k: IPM 53.1, LoRA 42.5",
+        "rank 8, accuracy on the target after 50 steps: leading triples {learned_ipm}, LoRA {learned_lora}",
+        "higher",
+        lambda f: f.learned_ipm > f.learned_lora,
+    ),
 ]
 
 
@@ -94,6 +110,12 @@ def measure(rig: Digits) -> Figures:
     nothing = rig._at("nothing", surgery.ops.scale(rig.base, by=0.0).save, rig.base.node.token)
     by = {d: cut(rig, nothing, rig.base, 16, of_base(rig, d), f"base-{d}") for d in TARGETS}
     seen = {d: rig.accuracy(model, TARGETS) for d, model in by.items()}
+    for d in TARGETS[:2]:
+        for key, way in (("kpm", "kpm"), ("ipm", "ipm"), ("lora", None)):
+            rows.setdefault(f"kept_{key}", []).append(rig.accuracy(adapter(rig, d, way, LOOKED), [LOOKED])[LOOKED])
+        for key, way in (("ipm", "ipm"), ("lora", None)):
+            rows.setdefault(f"learned_{key}", []).append(rig.accuracy(adapter(rig, d, way, d, steps=50), [d])[d])
+    rows["kept"] = [rig.accuracy(rig.base, [LOOKED])[LOOKED]]
     made = {name: float(np.mean(values)) for name, values in rows.items()} | {"whole": max(rows["whole"])}
     made["own"] = float(np.mean([seen[d][d] for d in TARGETS]))
     made["other"] = float(np.mean([seen[by][d] for d in TARGETS for by in TARGETS if by != d]))
@@ -109,6 +131,21 @@ def cut(rig: Digits, base: surgery.Checkpoint, model: surgery.Checkpoint, rank: 
             choose = session.fit(choose).choose
         pack(base.node, model.node, out, choose=choose, overwrite=True, threads=1)
     return surgery.open(out, base=base)
+
+
+def adapter(rig: Digits, domain: str, way: str | None, looked: str, steps: int = 200) -> surgery.Checkpoint:
+    """The base fine-tuned on a domain by an adapter of rank 8, merged. way: kpm or ipm, by `looked`'s inputs; None: LoRA."""
+    lora: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": ["fc1", "fc2"]}
+    if way is not None:
+        lora |= {"init_lora_weights": "corda", "corda_config": {"corda_method": way}, "calibration_examples": 1000}
+    seen = TensorDataset(*map(torch.from_numpy, rig.examples(looked)))
+    settings = {**RECIPE, "lr": 5e-3, "steps": steps, "seed": 10 * rig.seed, "method": {"lora": lora}}
+
+    def make(folder: Path) -> None:
+        made = train(rig.alive(rig.base), rig.examples(domain), calibration=seen if way else None, **settings)
+        write(made.model.merge_and_unload(), folder)
+
+    return rig._at(f"{domain}-{way}-by-{looked}-{steps}", make, rig.base.node.token, settings)
 
 
 def of_base(rig: Digits, domain: str) -> Path:

@@ -23,7 +23,8 @@ class Tuned:
 
     model: the one that was given, trained in place (for lora: peft's model around it). trained: names of parameters that were
     trained; entries: how many numbers that is, of `total`. masks: name -> mask of trained entries, where a method has some.
-    adapted: matrices that got a low-rank change instead (spt, structured); it is inside them.
+    adapted: matrices that got a low-rank change instead (spt, structured); it is inside them. rounded: what was trained through
+    rounding, and is rounded now.
     history: per pass over the data `epoch`, `step`, mean `loss` and, with validation data, `validation_…`; final: the
     validation figures of the result, averages included. phases: the history of runs before the last, of methods that make any.
     """
@@ -37,6 +38,7 @@ class Tuned:
     masks: dict[str, Any]
     phases: dict[str, list[dict[str, float]]]
     adapted: list[str]
+    rounded: list[str]
 
 
 def tune(
@@ -48,6 +50,7 @@ def tune(
     collate: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
     metrics: Callable[[Any], Mapping[str, float]] | None = None,
     stages: Sequence[int] = (),
+    calibration: Any = None,
     folder: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -59,8 +62,9 @@ def tune(
     float32 (transformers' included). dataset: anything with a length and items; an item is a dict of the model's arguments,
     or a pair (input, label). loss: (outputs, labels) -> scalar; needed for pairs, and for models that do not return it.
     metrics: of transformers' EvalPrediction. stages: of a stream of tasks, how many of the examples, in their order, each has:
-    they are trained on one after the other, `epochs` times each. folder: where states are saved, so that `resume` can go on
-    from the last one; without it none are. progress: called with (step, steps, loss).
+    they are trained on one after the other, `epochs` times each. calibration: a dataset that an adapter starts from (CorDA,
+    EVA); default the one it is trained on. folder: where states are saved, so that `resume` can go on from the last one;
+    without it none are. progress: called with (step, steps, loss).
 
     Raises Refused for settings and data that cannot be used, Failed when a loss is not finite: the model then holds the
     weights from before that step.
@@ -73,6 +77,8 @@ def tune(
     if wrong:
         raise Refused(f"tune: `{wrong[0]}` is {next(iter(model.parameters())).dtype}; training counts in float32",
                       hint="model.float()")  # fmt: skip
+    if read.method == "lora" and "calibration" in read.options:
+        raise Refused("tune(method.lora.calibration): a file belongs into a tune file", hint="tune(calibration=dataset)")
     if resume and folder is None:
         raise Refused("tune: there is nothing to resume without a folder")
     own = not isinstance(model, PreTrainedModel)
@@ -80,7 +86,7 @@ def tune(
         raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")
     around = (lambda inner: Supervised(inner, loss)) if own or loss is not None else None
     given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics, around=around,
-                  stages=stages)  # fmt: skip
+                  stages=stages, calibration=calibration)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)
@@ -88,7 +94,7 @@ def tune(
             raise Failed(f"tune: stopped: {problem}; the model holds the weights from before it",
                          hint="a lower lr, or warmup") from None  # fmt: skip
     return Tuned(made.model, made.trained, made.entries, made.total, made.history, made.final, made.masks,
-                 made.phases, made.adapted)  # fmt: skip
+                 made.phases, made.adapted, made.rounded)  # fmt: skip
 
 
 class Supervised(torch.nn.Module):

@@ -12,8 +12,9 @@ import torch
 from transformers import set_seed
 
 from surgery.errors import Refused
-from surgery.tuning import methods
+from surgery.tuning import columns, methods, starts
 from surgery.tuning.averages import KINDS
+from surgery.tuning.distil import Teacher
 from surgery.tuning.forward import FastForward
 from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
@@ -23,6 +24,7 @@ from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.structured import Adapters, split
 from surgery.tuning.tasks import quiet
+from surgery.tuning.through import Through, grid_of
 from surgery.tuning.trainer import WHOLE, Progress, Tuner, last_whole, measured
 
 
@@ -40,6 +42,9 @@ class Fitted:
     final: dict[str, float] = field(default_factory=dict)
     masks: dict[str, Any] = field(default_factory=dict)
     adapted: list[str] = field(default_factory=list)  # matrices with a low-rank change
+    rounded: list[str] = field(default_factory=list)  # what was trained through rounding
+    coded: dict[str, Any] = field(default_factory=dict)  # of deltas: their codes, by the tensor's name
+    initial: Path | None = None  # where the adapter lies that was taken out of the base
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Given:
     kind: str | None = None  # peft's word for the task
     around: Callable[[Any], Any] | None = None
     stages: Sequence[int] = ()  # of a stream of tasks: how many of the training examples each has
+    calibration: Any = None  # what adapters start from, where they start from data
 
     @property
     def run(self) -> Any:
@@ -65,8 +71,15 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
     """Train. folder: for saved states. Raises Refused before the first step, Diverged after a loss that is not finite."""
     if len(given.train) == 0:
         raise Refused("there are no examples to train on")
+    matrices = _matrices(given, settings.through) if settings.through is not None else {}
+    teacher = None if settings.distil is None else _teacher(given, settings)
+    initial: Path | None = None
     if settings.method == "lora":
-        given.model = methods.adapted(given.model, settings.options, given.kind)
+        given.model = methods.adapted(given.model, settings.options, given.kind, lambda: starts.Batches(given, settings))
+        if starts.kind(settings.options) in starts.MOVED:
+            initial = folder / "initial"
+            shutil.rmtree(initial, ignore_errors=True)
+            given.model.save_pretrained(initial)
     if settings.regularise.get("neftune") and not hasattr(given.model, "get_input_embeddings"):
         raise Refused(f"regularise.neftune: {type(given.model).__name__} has no token embeddings")
     parts = Parts(given.model, given.new)
@@ -84,8 +97,17 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
             masks, phases["choosing"] = _far(given, parts, settings, folder, save=save, resume=resume, progress=progress)
         elif settings.method == "diff_pruning":
             masks, phases["gating"] = _gated(given, parts, settings, folder, save=save, resume=resume, progress=progress)
+        elif settings.method == "columns":
+            grid = None if settings.through is None else grid_of(settings.through)
+            masks = columns.weak(parts, settings.options, settings.seed, grid)
         tuner = _tuner(given, parts, settings, folder, save=save, progress=progress)
         at = last_whole(folder) if resume else None
+        if settings.through is not None:
+            kept_out = masks if settings.method == "columns" else None
+            tuner.through = Through(given.model, matrices, tuner.trained, settings.through, weak=kept_out)
+        if teacher is not None:
+            teacher.watch(given.model)
+            tuner.teacher = teacher
         if settings.method == "spt" and settings.options.get("structured"):
             masks = _structured(tuner, folder, save=save, resume=resume)
         try:
@@ -95,6 +117,8 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
             changed = tuner.average is not None and tuner.average.finish()
             if tuner.adapters is not None:
                 tuner.adapters.fold()
+            if tuner.through is not None:
+                tuner.through.finish()
             if changed:
                 _renew_batch_norms(tuner)
             final = {}
@@ -105,14 +129,33 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
         finally:
             if tuner.adapters is not None:
                 tuner.adapters.release()
+            if tuner.through is not None:
+                given.model = tuner.through.release()
     kept, adapted = tuner.masks, tuner.adapters.names if tuner.adapters is not None else []
     whole = set(names) - {*(kept.names if kept is not None else ()), *adapted}
     entries = sum(parts.parameters[n].numel() for n in whole) + (kept.entries() if kept is not None else 0)
     entries += len(tuner.adapters) if tuner.adapters is not None else 0
+    entries += sum(p.numel() for p in tuner.through.parameters.values()) if tuner.through is not None else 0
     return Fitted(
         given.model, names, entries, sum(p.numel() for p in parts.parameters.values()), tuner.history, phases, final,
         kept.state() if kept is not None else {}, adapted,
+        *((tuner.through.names, tuner.through.coded) if tuner.through is not None else ([], {})), initial,
     )  # fmt: skip
+
+
+def _matrices(given: Given, through: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of the model without adapters, in its order: parameters, and what they are now where that counts."""
+    parts, keep = Parts(given.model, given.new), through["of"] == "delta"
+    return {
+        n: (p, p.detach().clone() if keep else None) for n, p in parts.parameters.items() if n in parts.matrices
+    }
+
+
+def _teacher(given: Given, settings: Settings) -> Teacher:
+    if given.new:
+        raise Refused("distil: the model's head is new, and what it says before training is noise",
+                      hint="start from a model with a trained head")  # fmt: skip
+    return Teacher(given.model, **settings.distil)  # type: ignore[arg-type]
 
 
 def _structured(tuner: Tuner, folder: Path, *, save: bool, resume: bool) -> dict[str, Any]:
@@ -161,7 +204,7 @@ def _equip(tuner: Tuner, given: Given, settings: Settings, masks: dict[str, Any]
             raise Refused("regularise.mixout: no linear or convolution layer that came with the base is trained")
     if settings.average is not None:
         tuner.average = KINDS[settings.average](tuner.trained, **settings.average_options)
-    if settings.method in ("lt_sft", "lift", "random", "sara", "spt", "diff_pruning"):
+    if settings.method in ("lt_sft", "lift", "random", "sara", "spt", "diff_pruning", "columns"):
         tuner.masks = Masks(parts.parameters)
         if settings.method == "lift":
             tuner.renew = methods.Principal(parts, tuner.masks, settings.options)
@@ -213,7 +256,7 @@ def _far(
     buffers = {n: b.detach().clone() for n, b in parts.model.named_buffers()}
     epochs = settings.options.get("epochs") or settings.epochs
     first = replace(settings, method="full", options=None, average=None, average_options={}, fast_forward=None,
-                    epochs=epochs)  # fmt: skip
+                    through=None, distil=None, epochs=epochs)  # fmt: skip
     tuner = _tuner(given, parts, first, folder / "choosing", save=save, progress=progress)
     at = last_whole(folder / "choosing") if resume else None
     _equip(tuner, given, first, None, resumed=at is not None)
@@ -245,7 +288,7 @@ def _gated(
     else:
         epochs = options.get("epochs") or settings.epochs
         first = replace(settings, method="full", options=None, average=None, average_options={}, fast_forward=None,
-                        epochs=epochs)  # fmt: skip
+                        through=None, distil=None, epochs=epochs)  # fmt: skip
         tuner = _tuner(given, parts, first, folder / "gating", save=save, progress=progress)
         at = last_whole(folder / "gating") if resume else None
         _equip(tuner, given, first, None, resumed=at is not None)

@@ -10,6 +10,7 @@ import torch
 
 from surgery.errors import Refused, did_you_mean
 from surgery.ops.random import bits32
+from surgery.tuning import starts
 from surgery.tuning.half import chosen_half
 from surgery.tuning.masks import Masks, entries_of, largest, principal
 from surgery.tuning.parts import Parts
@@ -41,7 +42,7 @@ def trained_by(parts: Parts, settings: Settings) -> set[str]:
         return names if settings.options["norms"] else {n for n in names if n in parts.head or not is_norm(n, parts)}
     if settings.method == "diff_pruning":
         return names
-    if settings.method in ("lift", "random", "sara", "spt"):
+    if settings.method in ("lift", "random", "sara", "spt", "columns"):
         if not parts.matrices:
             raise Refused(f"method: {settings.method}: the model has no matrices outside head and embeddings")
         structured = settings.method == "spt" and settings.options.get("structured")
@@ -144,13 +145,14 @@ class Principal:
                     moment.masked_fill_(~(mask & before), 0.0)
 
 
-def adapted(model: Any, options: Mapping[str, Any], kind: str | None) -> Any:
-    """The model with a fresh adapter of peft's, its own parameters frozen. kind: "SEQ_CLS", "CAUSAL_LM" or None."""
+def adapted(model: Any, options: Mapping[str, Any], kind: str | None, batches: Callable[[], starts.Batches]) -> Any:
+    """The model with a fresh adapter of peft's, its own parameters frozen. kind: "SEQ_CLS", "CAUSAL_LM" or None. batches: what
+    a start from data is made of."""
     try:
         import peft
     except ImportError:
         raise Refused("method: lora needs peft", hint='pip install "weight-surgery[tune]"') from None
-    options = dict(options)
+    options = starts.checked(dict(options))
     name = str(options.pop("peft_type", "LORA")).upper()
     known = {str(getattr(k, "value", k)): v for k, v in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in known:
@@ -163,7 +165,15 @@ def adapted(model: Any, options: Mapping[str, Any], kind: str | None) -> Any:
             raise Refused(f"method.lora: {known[name].__name__} has no `{key}`", hint=did_you_mean(key, takes))
     try:
         config: Any = known[name]
+        made = config(**({"task_type": kind} if kind else {}), **options)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls there
-        return peft.get_peft_model(model, config(**({"task_type": kind} if kind else {}), **options))
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        start = starts.kind(options)
+        if start == "corda":
+            made = starts.prepared(model, made, batches())
+        model = peft.get_peft_model(model, made)
+        if start == "eva":
+            starts.explained(model, batches())
+        return model
     except (ValueError, TypeError, KeyError) as problem:
         raise Refused(f"method.lora: {(str(problem).splitlines() or [''])[0]}") from None

@@ -16,7 +16,7 @@ from surgery.engine.output import JOURNAL, Output
 from surgery.errors import Failed, Refused
 from surgery.tuning.fit import Fitted, Given, fit
 from surgery.tuning.settings import Job
-from surgery.tuning.tasks import Task, data_files, prepare
+from surgery.tuning.tasks import Task, calibration, data_files, prepare
 from surgery.tuning.trainer import Diverged, Progress
 from surgery.tuning.write import digests, token, write_adapter, write_checkpoint, write_record
 
@@ -49,6 +49,11 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
         raise Refused(f"{out}: is a directory", hint="choose another -o")
     source = open_source(job.model)
     files = data_files(job.task)
+    asked = job.settings.options.get("calibration") if job.settings.method == "lora" else None
+    if asked is not None:
+        files += data_files({"train": asked})
+    if job.settings.method == "columns" and job.settings.options.get("statistics"):
+        files += sorted(Path(job.settings.options["statistics"]).glob("*.safetensors"))
     data = digests(files)
     output = Output(final, [Path(p) for p in source.files] + files, resume=resume, overwrite=overwrite)
     set_seed(job.settings.seed)
@@ -60,6 +65,8 @@ def run(job: Job, out: str, *, resume: bool = False, overwrite: bool = False, pr
         Journal(folder / JOURNAL, key, resume=going_on).close()
         given = Given(task.model, task.train, task.validation, task.collate, _accuracy if task.accuracy else None, task.new,
                       "SEQ_CLS" if task.accuracy else "CAUSAL_LM", stages=task.stages)  # fmt: skip
+        if asked is not None:
+            given.calibration = calibration(job.task, Path(asked), source, task.model)
         try:
             fitted = fit(given, job.settings, folder / _STATES, save=True, resume=going_on, progress=progress)
         except Diverged as problem:
@@ -82,16 +89,17 @@ def _write(
     warnings: list[str] = []
     made = folder if job.output != "delta" else folder / "made"
     if job.output == "adapter":
-        write_adapter(fitted.model, source, made)
+        write_adapter(fitted.model, source, made, fitted.initial)
     else:
-        model = fitted.model.merge_and_unload() if job.settings.method == "lora" else fitted.model
+        model = fitted.model.merge_and_unload() if hasattr(fitted.model, "peft_config") else fitted.model
         write_checkpoint(model, source, made)
     write_record(made, job, source, task, fitted, data)
     if job.output == "delta":
         from surgery.delta.pack import pack
         from surgery.inputs import open_node
 
-        packed = pack(open_node(job.model), open_node(str(made)), folder / output.final.name)
+        choose = _as_trained(job, fitted) if fitted.coded else None
+        packed = pack(open_node(job.model), open_node(str(made)), folder / output.final.name, choose=choose)
         warnings += packed.warnings
         packed.path.replace(output.final)
         output.abandon()
@@ -102,12 +110,21 @@ def _write(
     return sum(p.stat().st_size for p in output.final.iterdir() if p.suffix == ".safetensors"), warnings
 
 
+def _as_trained(job: Job, fitted: Fitted) -> Any:
+    """Deltas that were trained through a codec are carried by it, as they were coded; all else exactly."""
+    from surgery.tuning.through import Trained
+
+    codec = Trained((job.settings.through or {})["codec"], fitted.coded)
+    return lambda tensor: (codec, {}) if tensor.name in fitted.coded else None
+
+
 def _stopped(problem: Diverged, given: Given, source: Any, folder: Path) -> Failed:
     """Keep the weights from before the step, as a checkpoint (or adapter) of its own."""
     good = folder / "last-good"
     shutil.rmtree(good, ignore_errors=True)
     if hasattr(given.model, "peft_config"):
-        write_adapter(given.model, source, good)
+        initial = folder / _STATES / "initial"
+        write_adapter(given.model, source, good, initial if initial.exists() else None)
     else:
         write_checkpoint(given.model, source, good)
     return Failed(f"stopped at {problem}; the weights from before that step are in {good}",

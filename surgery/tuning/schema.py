@@ -27,7 +27,14 @@ _DENSITY = _number("Share of the entries that are trained.", default=0.05, above
 
 METHODS: dict[str, Schema] = {
     "full": {"const": None, "description": "Every tensor."},
-    "lora": {"type": "object", "description": "An adapter by peft; keys are its config's, and peft_type for others than LORA."},
+    "lora": {
+        "type": "object",
+        "description": "An adapter by peft; keys are its config's, and peft_type for others than LORA.",
+        "properties": {
+            "calibration": {"type": "string", "description": "What corda and eva start from; default: what is trained on."},
+            "calibration_examples": _count("How many of it at most; default 256."),
+        },
+    },
     "head": {"const": None, "description": "What comes after the model proper: the classifier, the language model's head."},
     "last": _count("The last k blocks, and what comes after them."),
     "frozen": _count("Everything but the embeddings and the first k blocks."),
@@ -55,6 +62,19 @@ METHODS: dict[str, Schema] = {
             "gate_lr": _number("Learning rate of the gates, constant.", default=0.1, above=0),
             "groups": {"type": "boolean", "default": True, "description": "A gate for each tensor as well."},
             "epochs": _number("Of the first run, with gates; default: `epochs`.", above=0),
+        }
+    ),
+    "columns": _map(
+        {
+            "statistics": {"type": "string", "description": "Gram matrices: what `surgery statistics --kind gram` wrote."},
+            "count": _count("Weak columns of every matrix; overrides share."),
+            "share": _number("Share of the columns that is weak.", default=0.03, above=0, high=1),
+            "choice": {
+                "enum": ["inputs", "error", "random"],
+                "default": "inputs",
+                "description": "By the inputs' sizes; these times the columns' rounding errors; or drawn, to compare.",
+            },
+            "seed": {"type": "integer", "description": "Of a random choice; default: `seed`."},
         }
     ),
     "random": _map({"density": _DENSITY, "seed": {"type": "integer", "description": "Of the draw; default: `seed`."}}),
@@ -122,6 +142,32 @@ FAST_FORWARD: Schema = _map(
         "every": _count("Updates between two attempts.", default=6),
         "examples": _count("Validation examples whose loss must fall.", default=32),
         "most": _count("Repetitions of an update at most.", default=100),
+    }
+)
+
+THROUGH: Schema = _map(
+    {
+        "codec": {"enum": ["hadamard", "group", "quantile"], "description": "A lossy codec of packages."},
+        "bits": _count("Bits of a number.", default=4),
+        "of": {
+            "enum": ["weights", "delta", "adapter", "base"],
+            "default": "weights",
+            "description": "What is rounded: matrices, their change, an adapter's factors, or the base below an adapter.",
+        },
+        "trust": {"type": "boolean", "description": "No gradient where a number lies beyond the grid; default: for hadamard."},
+        "learned": {"type": "boolean", "default": False, "description": "Train the steps of the grid as well."},
+        "step_lr": _number("Of learned steps, relative to their size; default: a tenth of `lr`.", above=0),
+        "group": _count("Of codec group: numbers that share a step."),
+        "scale": {"enum": ["gain", "l2"], "description": "Of codecs group and hadamard; default l2, the least squared error."},
+        "criterion": {"enum": ["mse", "l1"], "description": "Of codec quantile: what its levels minimise."},
+    },
+    ["codec"],
+)
+
+DISTIL: Schema = _map(
+    {
+        "share": _number("Of the loss; the rest is the task's.", default=1.0, above=0, high=1),
+        "temperature": _number("That both outputs are softened by.", default=1.0, above=0),
     }
 )
 

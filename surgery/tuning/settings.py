@@ -7,9 +7,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgery.errors import Refused, did_you_mean
-from surgery.tuning.schema import AVERAGES, FAST_FORWARD, METHODS, OUTPUTS, REGULARISE, SETTINGS, TASKS, Schema
+from surgery.tuning.schema import (
+    AVERAGES,
+    DISTIL,
+    FAST_FORWARD,
+    METHODS,
+    OUTPUTS,
+    REGULARISE,
+    SETTINGS,
+    TASKS,
+    THROUGH,
+    Schema,
+)
 
 Place = Callable[..., str]
+_BLOCKS = ("method", "average", "regularise", "fast_forward", "through", "distil")
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,8 @@ class Settings:
     average_options: dict[str, Any]
     regularise: dict[str, Any]
     fast_forward: dict[str, Any] | None
+    through: dict[str, Any] | None
+    distil: dict[str, Any] | None
     layer_decay: float | None
     epochs: float
     steps: int | None
@@ -55,7 +69,7 @@ def read_job(data: Any, place: Place) -> Job:
     """Check a tune file's data. place: path of keys -> `file:line:col`. Raises Refused."""
     if not isinstance(data, Mapping):
         raise Refused(f"{place()}: not a tune file (expected model, task and method)")
-    known = ["model", "task", "output", "method", "average", "regularise", "fast_forward", *SETTINGS]
+    known = ["model", "task", "output", *_BLOCKS, *SETTINGS]
     _unknown(data, known, place, (), "the tune file")
     for key in ("model", "task"):
         if key not in data:
@@ -69,10 +83,15 @@ def read_job(data: Any, place: Place) -> Job:
     task = _complete(TASKS[kind], task, place, ("task",))
     output = data.get("output")
     if output is None:
-        output = "adapter" if _named(data.get("method", "full")) == "lora" else "checkpoint"
+        through = data.get("through")
+        merged = isinstance(through, Mapping) and through.get("of", "weights") != "adapter"
+        output = "adapter" if _named(data.get("method", "full")) == "lora" and not merged else "checkpoint"
     _check({"enum": list(OUTPUTS)}, output, place, ("output",))
     rest = {k: v for k, v in data.items() if k not in ("model", "task", "output")}
     settings = read_settings(rest, place)
+    if output == "adapter" and settings.through and settings.through["of"] != "adapter":
+        raise Refused(f"{place('output')}: with `through: of: {settings.through['of']}` the adapter and its base are one",
+                      hint="output: checkpoint, or delta")  # fmt: skip
     if output == "adapter" and settings.method != "lora":
         raise Refused(f"{place('output')}: only `method: lora` makes an adapter", hint="output: delta is small as well")
     return Job(data["model"], task, settings, output)
@@ -80,7 +99,7 @@ def read_job(data: Any, place: Place) -> Job:
 
 def read_settings(data: Mapping[str, Any], place: Place) -> Settings:
     """The part of a tune file that says how to train. Raises Refused."""
-    _unknown(data, ["method", "average", "regularise", "fast_forward", *SETTINGS], place, (), "the settings")
+    _unknown(data, [*_BLOCKS, *SETTINGS], place, (), "the settings")
     values: dict[str, Any] = {}
     for key, schema in SETTINGS.items():
         given = data.get(key)
@@ -95,21 +114,71 @@ def read_settings(data: Mapping[str, Any], place: Place) -> Settings:
     forward = data.get("fast_forward")
     if forward is not None:
         forward = _complete(FAST_FORWARD, forward, place, ("fast_forward",))
-    made = Settings(fast_forward=forward, method=method, options=options, average=average, average_options=average_options,
-                    regularise=regularise, **values)  # fmt: skip
+    through, distil = data.get("through"), data.get("distil") or None
+    if through is not None:
+        through = _through(_complete(THROUGH, through, place, ("through",)), place)
+    if distil is not None:
+        distil = _complete(DISTIL, {} if distil is True else distil, place, ("distil",))
+    made = Settings(method=method, options=options, average=average, average_options=average_options, regularise=regularise,
+                    fast_forward=forward, through=through, distil=distil, **values)  # fmt: skip
     _together(made, data, place)
     return made
+
+
+def _through(given: dict[str, Any], place: Place) -> dict[str, Any]:
+    """With the codec's own options complete. Raises Refused for what the codec does not take."""
+    from surgery.delta import lossy  # noqa: F401  registers the codecs
+    from surgery.delta.codecs.base import check_options, lossy_codec
+
+    codec = lossy_codec(given["codec"])
+    own = {k: v for k, v in given.items() if k in ("bits", "group", "scale", "criterion")}
+    if "scale" in codec.options:
+        own = {"scale": "l2", **own}
+    try:
+        own = check_options(codec, own)
+    except Refused as problem:
+        raise Refused(f"{place('through')}: {problem.message}", hint=problem.hint) from None
+    uniform = given["codec"] == "hadamard"
+    if given.get("trust") and (not uniform or given["learned"]):
+        why = "learned steps have a mask of their own" if uniform else f"trust belongs to hadamard, not to {given['codec']}"
+        raise Refused(f"{place('through', 'trust')}: {why}", hint="leave it out")
+    if given["learned"] and given["of"] != "weights":
+        raise Refused(f"{place('through', 'learned')}: steps are learned from those of weights; of: {given['of']} has none "
+                      "to begin with", hint="of: weights")  # fmt: skip
+    if "step_lr" in given and not given["learned"]:
+        raise Refused(f"{place('through', 'step_lr')}: no step is learned", hint="learned: true")
+    return {**given, **own, "trust": given.get("trust", uniform and not given["learned"])}
 
 
 def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
     """Settings that exclude each other."""
     if s.method == "lora":
+        if s.through is not None and s.through["of"] == "adapter" and _start(s) in ("pissa", "olora", "corda"):
+            raise Refused(f"{place('through', 'of')}: an adapter taken out of the base is written with its start beside it, "
+                          "which is not rounded", hint="init_lora_weights: true, or eva; or of: weights")  # fmt: skip
+        start = _start(s)
+        for key in ("calibration", "calibration_examples"):
+            if key in s.options and start not in ("corda", "eva"):
+                raise Refused(f"{place('method', 'lora', key)}: only adapters that start from data look at any",
+                              hint="init_lora_weights: corda, or eva")  # fmt: skip
         for key in ("l2_sp", "mixout"):
             if s.regularise.get(key):
                 raise Refused(f"{place('regularise', key)}: {key} pulls weights towards the base; with lora they stay there",
                               hint="use weight_decay, which pulls the adapter towards zero")  # fmt: skip
         if s.layer_decay is not None:
             raise Refused(f"{place('layer_decay')}: has no meaning for an adapter", hint="leave it out")
+    if s.through is not None:
+        of = s.through["of"]
+        if of in ("adapter", "base") and s.method != "lora":
+            raise Refused(f"{place('through', 'of')}: {of} goes with `method: lora`, not with {s.method}",
+                          hint="of: weights, or delta")  # fmt: skip
+        if of != "weights" and s.method == "columns":
+            raise Refused(f"{place('through', 'of')}: of what `method: columns` leaves alone nothing but the weights can be "
+                          "rounded", hint="of: weights")  # fmt: skip
+        if s.regularise.get("mixout"):
+            raise Refused(f"{place('regularise', 'mixout')}: mixout and through would both rewrite the weights")
+        if s.average == "stock" and s.through["learned"]:
+            raise Refused(f"{place('average')}: stock merges weights, not the steps of a grid", hint="learned: false")
     if s.average == "stock":
         if s.method in ("lora", "lift", "lt_sft", "diff_pruning"):
             raise Refused(f"{place('average')}: stock merges whole models, which `method: {s.method}` does not train")
@@ -130,6 +199,11 @@ def _together(s: Settings, data: Mapping[str, Any], place: Place) -> None:
         raise Refused(f"{place('average')}: elastic goes back to where masked entries were; lift moves its mask")
     if s.method == "lift" and "budget" in s.options and "density" in (_options(data.get("method")) or {}):
         raise Refused(f"{place('method', 'lift')}: give density or budget, not both")
+
+
+def _start(s: Settings) -> str:
+    """How an adapter starts: the word of peft's `init_lora_weights`."""
+    return str(s.options.get("init_lora_weights", "")).lower().partition("_niter_")[0]
 
 
 def _named(value: Any) -> str:
@@ -160,7 +234,7 @@ def _choice(key: str, value: Any, table: Mapping[str, Schema], place: Place) -> 
 
 
 def _complete(schema: Schema, value: Any, place: Place, path: tuple[str, ...]) -> dict[str, Any]:
-    if isinstance(value, Mapping) and "properties" in schema:
+    if isinstance(value, Mapping) and schema.get("additionalProperties") is False:
         _unknown(value, list(schema["properties"]), place, path, ".".join(path))
         value = {k: v for k, v in value.items() if v is not None}
         inner = {k: s for k, s in schema["properties"].items() if "properties" in s and k in value}

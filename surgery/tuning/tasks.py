@@ -58,6 +58,17 @@ def prepare(task: Mapping[str, Any], source: Source) -> Task:
     return _classification(task, source) if task["kind"] == "classification" else _causal(task, source)
 
 
+def calibration(task: Mapping[str, Any], path: Path, source: Source, model: Any) -> Examples:
+    """The examples of another file as the task's model sees them; labels are not needed. Raises Refused."""
+    encode = _Encoder(source, model, task.get("length"))
+    if task["kind"] == "classification":
+        return Examples([encode.example(row, task["text"], task.get("pair")) for row in read_rows(path)])
+    items = list(_lines(path, encode) if path.suffix == ".jsonl" else _blocks(path, encode, False))
+    if not items:
+        raise Refused(f"{path}: holds no text of two tokens or more")
+    return Examples([{k: v for k, v in item.items() if k != "answer"} for item in items])
+
+
 # -- classification ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from surgery.errors import Refused, did_you_mean
 from surgery.tuning.averages import Average, Stock
+from surgery.tuning.distil import Teacher
 from surgery.tuning.forward import FastForward
 from surgery.tuning.gates import Gates
 from surgery.tuning.masks import Masks
@@ -22,6 +24,7 @@ from surgery.tuning.regularise import LowRank, Mixout, Pull, clip_each
 from surgery.tuning.rows import Stream
 from surgery.tuning.settings import Settings
 from surgery.tuning.structured import Adapters
+from surgery.tuning.through import Through
 
 STATE = "surgery.pt"
 WHOLE = "complete"  # marks a saved state that was written to its end
@@ -57,6 +60,8 @@ class Tuner(Trainer):
         self.mixout: Mixout | None = None
         self.gates: Gates | None = None
         self.adapters: Adapters | None = None
+        self.through: Through | None = None
+        self.teacher: Teacher | None = None
         self.renew: Any = None
         self.progress = progress
         self.losses: list[float] = []
@@ -64,8 +69,10 @@ class Tuner(Trainer):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """What the optimizer moves: parameters by name, and factors in place of the matrices that they adapt."""
+        """What the optimizer moves: parameters by name, factors in place of the matrices that they adapt, learned steps."""
         found = {n: p for n, p in self.parts.parameters.items() if p.requires_grad}
+        if self.through is not None:
+            found |= self.through.parameters
         if self.adapters is None:
             return found
         return {n: p for n, p in found.items() if n not in self.adapters.names} | self.adapters.parameters
@@ -105,6 +112,19 @@ class Tuner(Trainer):
                 clip_each(self.trained, self.settings.regularise["clip_each"])
         return loss
 
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The task's loss, of rounded weights if they are trained through; in training with the teacher's."""
+        if self.teacher is None or not model.training:
+            with self.through.rounded() if self.through is not None else nullcontext():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        with self.through.rounded() if self.through is not None else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        share = self.teacher.share
+        learnt = self.teacher.loss(model, given, outputs, num_items_in_batch if self.model_accepts_loss_kwargs else None)
+        loss = share * learnt if share == 1.0 else (1.0 - share) * loss + share * learnt
+        return (loss, outputs) if return_outputs else loss
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """A stream of tasks is in order already."""
         if isinstance(self.train_dataset, Stream):
@@ -115,11 +135,12 @@ class Tuner(Trainer):
         """Groups by weight decay (matrices only) and, with layer decay, by distance from the output."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups: dict[tuple[bool, int], list[Any]] = {}
+            groups: dict[tuple[bool, int, float], list[Any]] = {}
             top = self.parts.depth + 1
             for name, p in self.trained.items():
-                height = self.parts.height(Adapters.matrix_of(name)) if self.settings.layer_decay is not None else top
-                groups.setdefault((p.ndim >= 2, height), []).append(p)
+                matrix = Adapters.matrix_of(name).removesuffix(".step")
+                height = self.parts.height(matrix) if self.settings.layer_decay is not None else top
+                groups.setdefault((p.ndim >= 2, height, self._rate(name)), []).append(p)
             rate = self.settings.layer_decay or 1.0
             if not self.parts.depth and rate != 1.0:
                 raise Refused("layer_decay: the model has no blocks")
@@ -128,13 +149,19 @@ class Tuner(Trainer):
                     {
                         "params": params,
                         "weight_decay": self.settings.weight_decay if decays else 0.0,
-                        "lr": self.settings.lr * rate ** max(0, self.parts.depth - height),
+                        "lr": base * rate ** max(0, self.parts.depth - height),
                     }
-                    for (decays, height), params in sorted(groups.items(), key=lambda item: item[0])
+                    for (decays, height, base), params in sorted(groups.items(), key=lambda item: item[0])
                 ],
                 **options,
             )
         return self.optimizer
+
+    def _rate(self, name: str) -> float:
+        """The learning rate of a parameter without layer decay."""
+        if self.through is None or name not in self.through.parameters:
+            return self.settings.lr
+        return float((self.settings.through or {}).get("step_lr", 0.1 * self.settings.lr))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Side by side models (stock) go through the same learning rates."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,18 @@ def _stored_name(name: str, stored: dict[str, str]) -> str:
     return near[0] if len(near) == 1 else name
 
 
-def write_adapter(model: Any, source: Source, folder: Path) -> None:
-    """The adapter as peft stores it; its config names the base as the user did."""
+def write_adapter(model: Any, source: Source, folder: Path, initial: Path | None = None) -> None:
+    """The adapter as peft stores it; its config names the base as the user did. initial: where it lies as it was taken out of
+    the base; what is written then is the change since, of twice the rank, for the base as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for config in model.peft_config.values():
         config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
         config.revision = source.revision
         config.inference_mode = True
-    with quiet():
-        model.save_pretrained(folder, save_embedding_layers=False)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the base was changed: this is what undoes it
+        more = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial)}
+        model.save_pretrained(folder, save_embedding_layers=False, **more)
     _readable(folder)
     card = folder / "README.md"
     if card.exists():
@@ -96,6 +100,7 @@ def write_record(folder: Path, job: Job, source: Source, task: Task, fitted: Fit
                 "of": fitted.total,
                 "new": sorted(task.new),
                 **({"adapted": fitted.adapted} if fitted.adapted else {}),
+                **({"rounded": fitted.rounded} if fitted.rounded else {}),
             },
             "left_out": task.left_out,
             "history": [{k: v for k, v in h.items() if k != "batches"} for h in fitted.history],
