@@ -69,6 +69,9 @@ def write_adapter(model: Any, source: Source, folder: Path) -> None:
         config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
         config.revision = source.revision
         config.inference_mode = True
+        for key, value in vars(config).items():
+            if isinstance(value, set):  # whose order is another one in every process
+                setattr(config, key, sorted(value))
     with quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
     _readable(folder)
