@@ -225,6 +225,10 @@ class TopK:
         bracket = self._brackets[i]
         return bracket.low, bracket.high, bracket.single, bracket.half if bracket.narrow else 1.0
 
+    def gathers(self, size: int) -> int:
+        """Bytes of numbers (of `size` bytes each) that are held at most while a pass seeks cuts that are not known yet."""
+        return size * sum(min(b.total, _ROOM) for b in self._brackets if b.cut is None)
+
     def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
         return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
 
