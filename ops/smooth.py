@@ -140,6 +140,20 @@ def smoothing(
     return best
 
 
+def turning(keys: Array, head: int, alpha: float, exact: bool = False) -> Array:
+    """SmoothAttention: a scale for every channel of keys, max|k|^alpha, one for both channels of a pair that rotary embedding
+    turns into each other (i and i + head/2 of a head). keys: (tokens, heads * head), before they are turned; the pair's length
+    is what either can become. In float64; 1 where keys are zero.
+
+    Source: Lin et al. 2024, QServe, arXiv 2405.04532, section 4.2.
+    """
+    half = keys.reshape(len(keys), -1, 2, head // 2).astype(np.float64)
+    most = np.sqrt(np.square(half).sum(axis=2)).max(axis=0)  # (heads, head / 2)
+    s = np.where(most > 0, np.maximum(most**alpha, _LEAST["fixed"]), 1.0)
+    made = np.repeat(s[:, None], 2, axis=1).reshape(-1)
+    return powers(made) if exact else made
+
+
 def powers(scale: Array) -> Array:
     """The nearest power of two (in the exponent): weights scaled by it keep their digits in every float format."""
     made: Array = np.exp2(np.rint(np.log2(scale)))

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 WHERE = ("norm", "out", "down")
+KEYS = "keys"  # queries times s, keys through it: for caches of keys that are quantised, and only where asked for
 
 
 @dataclass(frozen=True)
 class Feed:
     """`source`, a norm or a linear layer, and the linear layers that read it; paths inside a block.
 
-    where: a norm before attention or a feed-forward layer (norm), values of attention (out), the ungated half of a feed-forward
-    layer (down). part: (i, n), the source is the i-th of n equal parts of the layer's outputs. offset: what a norm adds to its
-    weight. when: keys of the config and what they must be.
+    where: a norm before attention or a feed-forward layer (norm), values of attention (out), the ungated half of a
+    feed-forward layer (down), queries that meet keys (keys). part: (i, n), the source is the i-th of n equal parts of the
+    layer's outputs. offset: what a norm adds to its weight. when: keys of the config and what they must be.
     """
 
     where: str
@@ -34,24 +35,29 @@ class Feed:
 
 def default_of(key: str) -> Any:
     """What transformers takes a key of a config for that is not there."""
-    return {"do_layer_norm_before": True, "activation_function": "relu"}.get(key)
+    return {"do_layer_norm_before": True, "activation_function": "relu", "partial_rotary_factor": 1.0}.get(key)
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj")
 _OUT = Feed("out", "self_attn.v_proj", ("self_attn.o_proj",))
 _DOWN = Feed("down", "mlp.up_proj", ("mlp.down_proj",))
-_LLAMA = (
+# What rotary embedding turns are pairs of channels half a head apart: a scale for both goes through it. Nothing goes through
+# norms of queries and keys, which share their weights between heads.
+_KEYS = Feed(KEYS, "self_attn.k_proj", ("self_attn.q_proj",), when=(("partial_rotary_factor", 1.0),))
+_NORMED = (
     Feed("norm", "input_layernorm", _QKV),
     Feed("norm", "post_attention_layernorm", _MLP),
     _OUT,
     _DOWN,
 )
+_LLAMA = (*_NORMED, _KEYS)
 _GEMMA = (
     Feed("norm", "input_layernorm", _QKV, offset=1.0),
     Feed("norm", "post_attention_layernorm", _MLP, offset=1.0),
     _OUT,
     _DOWN,
+    _KEYS,
 )
 _GEMMA2 = (
     Feed("norm", "input_layernorm", _QKV, offset=1.0),
@@ -84,9 +90,11 @@ _BERT = (Feed("out", "attention.self.value", ("attention.output.dense",)),)
 _DISTILBERT = (Feed("out", "attention.v_lin", ("attention.out_lin",)),)
 
 FAMILIES: dict[str, tuple[Feed, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "smollm3", "granite"), _LLAMA),
+    "qwen3": _NORMED,
     "gemma": _GEMMA,
-    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
+    "gemma2": (*_GEMMA2, _KEYS),
+    "gemma3_text": _GEMMA2,
     "phi3": _PHI3,
     "gpt2": _GPT2,
     "gpt_neox": _NEOX,

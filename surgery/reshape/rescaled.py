@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint.dtypes import F32
 from surgery.graph.expr import Derived, Expr, Fetch
-from surgery.ops.smooth import Bits, Layers, smoothing
+from surgery.ops.smooth import Bits, Layers, smoothing, turning
 
 Array = NDArray[Any]
 
@@ -85,26 +85,69 @@ class Scales(Derived):
         return self.read(fetch)[start:stop].astype(work)
 
 
+class KeyScales(Scales):
+    """One scale per channel of the keys of attention, from what its weights (and bias) make of the sampled inputs.
+
+    args: the statistic of the layer's inputs, its weight, its bias if it has one. repeat: queries that share a key's head.
+    width: of a head.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self, statistic: Expr, weight: Expr, bias: Expr | None, origin: Any, *, how: How, repeat: int, width: int
+    ) -> None:
+        Derived.__init__(self, [statistic, weight, *([] if bias is None else [bias])], (weight.shape[0],), F32, origin)
+        self.how, self.transposed, self.repeat, self.width = how, False, repeat, width
+        self._lock = threading.Lock()
+        self._kept = None
+
+    @property
+    def identity(self) -> str:
+        return f"key scales/{self.how}/{self.repeat}/{self.width}"
+
+    @property
+    def holds(self) -> int:  # type: ignore[override]
+        statistic, weight = self.args[:2]
+        return 4 * (weight.numel + statistic.numel) + 24 * statistic.shape[0] * weight.shape[0]
+
+    @property
+    def channel(self) -> Array:
+        """Which scale every channel of the queries has."""
+        at = np.arange(self.shape[0] * self.repeat)
+        made: Array = at // (self.width * self.repeat) * self.width + at % self.width
+        return made
+
+    def _chosen(self, fetch: Fetch) -> Array:
+        statistic, weight, *bias = self.args
+        rows = np.array(fetch(statistic), np.float32).reshape(statistic.shape)[2:]
+        keys = rows @ np.array(fetch(weight), np.float32).reshape(weight.shape).T
+        if bias:
+            keys += np.array(fetch(bias[0]), np.float32)
+        return turning(keys, self.width, self.how.alpha, self.how.exact)
+
+
 class Rescaled(Derived):
     """A tensor divided by scales along its outputs and multiplied by scales along its inputs.
 
-    args: the tensor, then the scales. makes: (scales, first output) for the channels that it makes; reads: those that it reads.
+    args: the tensor, then the scales. makes: (scales, first output) for the channels that it makes; reads: those that it reads;
+    meets: those of keys, where it makes the queries that meet them: they are multiplied.
     A vector has outputs alone. transposed: a matrix stored (in, out). offset: added to a vector before it is used (norms whose
     weight is stored less one).
     """
 
-    __slots__ = ("makes", "offset", "reads", "transposed")
+    __slots__ = ("makes", "meets", "offset", "reads", "transposed")
 
     def __init__(self, arg: Expr, origin: Any, *, makes: tuple[Scales, int] | None = None, reads: Scales | None = None,
-                 transposed: bool = False, offset: float = 0.0) -> None:  # fmt: skip
-        scales = [s for s in (makes[0] if makes else None, reads) if s is not None]
+                 meets: KeyScales | None = None, transposed: bool = False, offset: float = 0.0) -> None:  # fmt: skip
+        scales = [s for s in (makes[0] if makes else None, reads, meets) if s is not None]
         super().__init__([arg, *scales], arg.shape, arg.dtype, origin)
-        self.makes, self.reads, self.transposed, self.offset = makes, reads, transposed, offset
+        self.makes, self.reads, self.meets, self.transposed, self.offset = makes, reads, meets, transposed, offset
 
     @property
     def identity(self) -> str:
         made, read = self.makes[1] if self.makes else None, self.reads is not None
-        return f"rescaled/{made}/{read}/{self.transposed}/{self.offset}"
+        return f"rescaled/{made}/{read}/{self.meets is not None}/{self.transposed}/{self.offset}"
 
     def piece(self, fetch: Fetch, start: int, stop: int, work: type) -> Array:
         factors = self._factors(fetch)
@@ -132,6 +175,8 @@ class Rescaled(Derived):
             scales, first = self.makes
             s = scales.read(fetch)
             made[first : first + len(s)] = 1.0 / s
+        if self.meets is not None:
+            made *= self.meets.read(fetch)[self.meets.channel]
         if len(self.shape) == 1:
             return [made]
         read = np.ones(self.shape[0] if self.transposed else self.shape[1])

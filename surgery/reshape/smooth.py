@@ -11,8 +11,8 @@ import numpy as np
 from surgery.errors import did_you_mean
 from surgery.graph.expr import Expr
 from surgery.graph.node import Node, sources_of
-from surgery.reshape.feeds import FAMILIES, Feed, heads, named
-from surgery.reshape.rescaled import How, Rescaled, Scales
+from surgery.reshape.feeds import FAMILIES, KEYS, Feed, heads, named
+from surgery.reshape.rescaled import How, KeyScales, Rescaled, Scales
 from surgery.statistics.node import StatisticsNode
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -39,7 +39,7 @@ class SmoothNode(Node):
                  only: Sequence[str], feeds: Mapping[str, Any]) -> None:  # fmt: skip
         super().__init__(label, where)
         self.inputs = (model, statistics)
-        self.how, self.only, self.feeds = how, tuple(only), feeds
+        self.how, self.only, self.feeds, self._made = how, tuple(only), feeds, ""
         if model.space != "weights":
             raise self.refuse(f"smooth takes weights; `{model.label or 'the model'}` is {model.space}", key="of")
         if not isinstance(statistics, StatisticsNode) or statistics.kind != "inputs":
@@ -71,10 +71,9 @@ class SmoothNode(Node):
                 hint=did_you_mean(f"{without[0]}.weight", self.statistics.tensors) if without else None,
             )  # fmt: skip
         self._alone(made)
-        notes = [f"{len(made)} scales: {', '.join(sorted({m.feed.where for m in made}))}"] if not self.feeds else []
+        self._made = f"({len(made)} scales{'' if self.feeds else ': ' + ', '.join(dict.fromkeys(m.feed.where for m in made))})"
         if without:
-            notes.append(f"{len(without)} layers feed others without statistics and stay as they are: `{without[0]}`, …")
-        self.notes = notes
+            self.notes = [f"{len(without)} layers feed others without statistics and stay as they are: `{without[0]}`, …"]
         return {name: self._rescaled(name, expr, made) for name, expr in model.tensors.items()}
 
     def _pairs(self) -> list[tuple[Feed, str, list[str]]]:
@@ -117,6 +116,8 @@ class SmoothNode(Node):
         self._free(source, readers)
         made_by = self._weight(source, "makes what they read")
         weights = [self._weight(r, "reads it") for r in readers]
+        if feed.where == KEYS:
+            return self._keys(feed, source, made_by, readers[0], weights[0])
         name = next((f"{r}.weight" for r in readers if f"{r}.weight" in self.statistics.tensors), None)
         if name is None:
             return None
@@ -142,6 +143,24 @@ class SmoothNode(Node):
             )
         scales = Scales(seen, weights, self, how=self.how, transposed=transposed, repeat=repeat, width=width or 1)
         return Moved(feed, source, first, readers, scales)
+
+    def _keys(self, feed: Feed, source: str, keys: Expr, reader: str, queries: Expr) -> Moved | None:
+        """Scales of the keys that `source` makes and the queries of `reader` meet."""
+        seen = self.statistics.tensors.get(f"{source}.weight")
+        if seen is None:
+            return None
+        self._sound(f"{source}.weight")
+        width = heads(self.inputs[0].config or {})
+        fits = len(keys.shape) == len(queries.shape) == len(seen.shape) == 2 and keys.shape[1] == seen.shape[1]
+        if not width or width % 2 or not fits or keys.shape[0] % width or queries.shape[0] % keys.shape[0]:
+            what = f"`{source}.weight` {list(keys.shape)} and `{reader}.weight` {list(queries.shape)}"
+            raise self.refuse(f"{what} make no keys and queries of heads of {width or 'unknown'} channels", key="at")
+        if ((self.inputs[0].config or {}).get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            raise self.refuse("only a part of every head is turned by rotary embedding: pairs are not known", key="at")
+        bias = self.inputs[0].tensors.get(f"{source}.bias")
+        repeat = queries.shape[0] // keys.shape[0]
+        scales = KeyScales(seen, keys, bias, self, how=self.how, repeat=repeat, width=width)
+        return Moved(feed, source, 0, [reader], scales)
 
     def _weight(self, layer: str, role: str) -> Expr:
         model = self.inputs[0]
@@ -189,7 +208,7 @@ class SmoothNode(Node):
             if m.source in makers:
                 raise self.refuse(f"`{m.source}` is named twice as what others read", key="feeds")
             makers.add(m.source)
-            for reader in m.readers:
+            for reader in m.readers if m.feed.where != KEYS else ():
                 if reader in readers:
                     raise self.refuse(f"`{reader}` is to read `{readers[reader]}` and `{m.source}`, but reads one", key="feeds")
                 readers[reader] = m.source
@@ -207,13 +226,16 @@ class SmoothNode(Node):
     def _rescaled(self, name: str, expr: Expr, made: Sequence[Moved]) -> Expr:
         layer, _, kind = name.rpartition(".")
         source = next((m for m in made if m.source == layer), None) if kind in ("weight", "bias") else None
-        reader = next((m for m in made if layer in m.readers), None) if kind == "weight" else None
-        if source is None and reader is None:
+        keyed = next((m for m in made if layer in m.readers and m.feed.where == KEYS), None)
+        met = keyed if kind in ("weight", "bias") else None
+        reader = next((m for m in made if layer in m.readers and m is not keyed), None) if kind == "weight" else None
+        if source is None and reader is None and met is None:
             return expr
-        transposed = (source or reader).scales.transposed and len(expr.shape) == 2  # type: ignore[union-attr]
+        transposed = (source or reader or met).scales.transposed and len(expr.shape) == 2  # type: ignore[union-attr]
+        offset = source.feed.offset if source and kind == "weight" and len(expr.shape) == 1 else 0.0
         return Rescaled(
             expr, self, makes=(source.scales, source.first) if source else None, reads=reader.scales if reader else None,
-            transposed=transposed, offset=source.feed.offset if source and kind == "weight" and len(expr.shape) == 1 else 0.0,
+            meets=met.scales if met and isinstance(met.scales, KeyScales) else None, transposed=transposed, offset=offset,
         )  # fmt: skip
 
     @property
@@ -221,7 +243,8 @@ class SmoothNode(Node):
         how, bits = self.how, self.how.bits
         names = ", ".join(n.label or n.verb.lower() for n in self.inputs)
         said = f"{names} kind={how.kind} weight_bits={bits.weights} activation_bits={bits.activations}"
-        return said + (f" group={bits.group}" if bits.group else "") + (" exact" if how.exact else "")
+        more = [f"group={bits.group}"] if bits.group else []
+        return " ".join([said, *more, *(["exact"] if how.exact else []), *([self._made] if self._made else [])])
 
     @property
     def identity(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from surgery.graph.forms import STRINGS, form
 from surgery.graph.node import Node
 from surgery.ops.smooth import KINDS, Bits
-from surgery.reshape.feeds import WHERE
+from surgery.reshape.feeds import KEYS, WHERE
 from surgery.reshape.rescaled import How
 from surgery.reshape.smooth import SmoothNode
 
@@ -18,13 +18,14 @@ _KEYS: dict[str, Any] = {
     "weight_bits": _BITS | {"description": "of the weights that the scale is chosen for (default 4; 16: not quantised)"},
     "activation_bits": _BITS | {"description": "of the activations, per token (default 8; 16: not quantised)"},
     "group": {"type": "integer", "minimum": 1, "description": "inputs of a weight that share a step (default: all)"},
-    "alpha": {"type": "number", "minimum": 0, "maximum": 1, "description": "of kind fixed (default 0.5)"},
+    "alpha": {"type": "number", "minimum": 0, "maximum": 1, "description": "of kind fixed, and of keys (default 0.5)"},
     "steps": {"type": "integer", "minimum": 1, "description": "candidates (default: adaptive 100, grid 20)"},
     "floor": {"type": "number", "exclusiveMinimum": 0, "description": "the lowest bound of kind adaptive (default 0.1)"},
     "exact": {"type": "boolean", "description": "powers of two: no weight loses a digit (default false)"},
     "at": {
-        "anyOf": [{"enum": list(WHERE)}, {"type": "array", "items": {"enum": list(WHERE)}, "minItems": 1}],
-        "description": f"one or more of {', '.join(WHERE)}: after norms, after values, before the last feed-forward layer",
+        "anyOf": [{"enum": [*WHERE, KEYS]}, {"type": "array", "items": {"enum": [*WHERE, KEYS]}, "minItems": 1}],
+        "description": f"one or more of {', '.join(WHERE)} (default: these: after norms, after values, before the last "
+        f"feed-forward layer) and {KEYS} (between queries and keys)",
     },
     "feeds": {
         "type": "object",
@@ -59,12 +60,14 @@ def smooth(
     division. s is chosen for the quantisers named, on the sampled inputs. adaptive scales only channels that leave a bound,
     which is searched from the largest magnitude down to `floor` (Zhang et al. 2024, QQQ, arXiv 2406.09904); grid raises mean
     magnitudes to powers (Lin et al. 2024, AWQ, arXiv 2306.00978); fixed takes max|X|^alpha / max|W|^(1 - alpha) (Xiao et al.
-    2023, SmoothQuant, arXiv 2211.10438). Which layer feeds which is known for common families, else said in `feeds`.
+    2023, SmoothQuant, arXiv 2211.10438). at: keys scales keys by max|k|^alpha and queries the other way, for caches of keys in
+    few bits (Lin et al. 2024, QServe, arXiv 2405.04532). Which layer feeds which is known for common families, or said in
+    `feeds`.
     """
     asker = Node(label, where)
     of = {"alpha": (alpha, ("fixed",)), "steps": (steps, ("adaptive", "grid")), "floor": (floor, ("adaptive",))}
     for key, (value, kinds) in of.items():
-        if value is not None and kind not in kinds:
+        if value is not None and kind not in kinds and not (key == "alpha" and at and KEYS in at):
             raise asker.refuse(f"`{key}` does not go with kind {kind}", hint=f"it belongs to {' and '.join(kinds)}", key=key)
     if feeds and at:
         raise asker.refuse("`feeds` names the layers already", key="at")

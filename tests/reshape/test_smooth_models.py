@@ -162,6 +162,53 @@ def test_scales_are_those_of_the_formula_through_grouped_queries(tmp_path: Path)
     assert torch.equal(out["model.norm.weight"].double(), w["model.norm.weight"])
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "qwen2", "gemma", "gemma2"])
+def test_keys_and_queries_take_scales_through_rotary_embedding(family: str, tmp_path: Path) -> None:
+    """max|k|^alpha of the longest pair, from the live model's own layers; queries take it once for every head that shares keys."""
+    model = build(tmp_path / "model", family)
+    collect(str(model), tmp_path / "inputs", kind="inputs", data=texts(tmp_path), rows=500)
+    out = smoothed(tmp_path, model, tmp_path / "inputs", "out", at="keys", alpha=0.8)
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    base = logits(model, family)
+    assert float((logits(out, family) - base).abs().max()) <= 2e-5 * float(base.abs().max())
+    both = smoothed(tmp_path, model, tmp_path / "inputs", "both", at=["norm", "keys", "out", "down"], steps=10)
+    assert float((logits(both, family) - base).abs().max()) <= 2e-5 * float(base.abs().max())
+    live = getattr(transformers, FAMILIES[family][0]).from_pretrained(model)
+    made: list[torch.Tensor] = []
+    live.model.layers[1].self_attn.k_proj.register_forward_hook(lambda m, i, o: made.append(o.detach()[0].double()))
+    with torch.no_grad():
+        for line in (tmp_path / "texts.jsonl").read_text().splitlines():
+            live(torch.tensor([json.loads(line)["input_ids"]]))
+    keys = torch.cat(made).reshape(-1, 2, 4)  # token, head, channel
+    pair = torch.stack([torch.hypot(keys[..., i], keys[..., i + 2]).amax(0) for i in range(2)], dim=1) ** 0.8
+    scale = torch.cat([pair, pair], dim=1)  # head, channel
+    name = "model.layers.1.self_attn."
+    for kind in ("weight", "bias"):
+        for layer, factor in (("k_proj", 1 / scale.reshape(-1)), ("q_proj", scale[:, None].expand(2, 2, 4).reshape(-1))):
+            old, new = before.get(f"{name}{layer}.{kind}"), after.get(f"{name}{layer}.{kind}")
+            if old is not None:
+                wanted = old.double() * (factor[:, None] if old.ndim == 2 else factor)
+                torch.testing.assert_close(new.double(), wanted, rtol=1e-5, atol=1e-8)
+    changed = {n.split(".")[-2] for n, v in before.items() if not torch.equal(v, after[n])}
+    assert changed == {"q_proj", "k_proj"}
+
+
+def test_keys_are_scaled_only_where_nothing_stands_in_between(tied: Path, tmp_path: Path) -> None:
+    model = build(tmp_path / "model", "qwen3")  # has norms of queries and keys
+    collect(str(model), tmp_path / "inputs", kind="inputs", data=texts(tmp_path))
+    with pytest.raises(Refused, match="no scale can be moved at keys"):
+        len(surgery.steps.smooth(surgery.open(model), surgery.open(tmp_path / "inputs"), at="keys"))
+    config = json.loads((tied / "model/config.json").read_text())
+    for more in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        write_json(tied / "model/config.json", {**config, **more})
+        with pytest.raises(Refused, match=r"no scale can be moved at keys|pairs are not known"):
+            len(surgery.steps.smooth(surgery.open(tied / "model"), surgery.open(tied / "inputs"), at=["keys"]))
+    write_json(tied / "model/config.json", {**config, "head_dim": 3})
+    with pytest.raises(Refused, match="no keys and queries"):
+        len(surgery.steps.smooth(surgery.open(tied / "model"), surgery.open(tied / "inputs"), at=["keys"]))
+    write_json(tied / "model/config.json", config)
+
+
 def test_recipes_threads_and_places(tmp_path: Path) -> None:
     """From a recipe, on two threads, in one place alone; plans say what is scaled."""
     model = build(tmp_path / "model", "llama")
