@@ -78,10 +78,9 @@ class SmoothNode(Node):
 
     def _pairs(self) -> list[tuple[Feed, str, list[str]]]:
         """(feed, path of the source, paths of the readers), of all blocks."""
-        model = self.inputs[0]
-        config = model.config or {}
-        config = config.get("text_config") or config if config.get("model_type") not in FAMILIES else config
-        blocks = [b for tower in model.structure.towers for b in tower.blocks]
+        model, config = self.inputs[0], self._said
+        towers = model.structure.towers
+        blocks = [b for tower in towers for b in tower.blocks]
         if self.feeds:
             found = []
             for feed in named(self.feeds):
@@ -106,8 +105,19 @@ class SmoothNode(Node):
                 f"in models of type {kind} no scale can be moved at {', '.join(self.only)}: there is {', '.join(there)} alone",
                 key="at",
             )
-        return [(f, f"{b}.{f.source}", [f"{b}.{r}" for r in f.readers]) for b in blocks for f in chosen
-                if f"{b}.{f.readers[0]}.weight" in model.tensors]  # fmt: skip
+        pairs = []
+        for f in chosen:  # a vision tower beside the language model may have readers of that name, but not what feeds them
+            those = [t for t in towers if any(f"{b}.{f.source}.weight" in model.tensors for b in t.blocks)] or towers
+            pairs += [(f, f"{b}.{f.source}", [f"{b}.{r}" for r in f.readers]) for t in those for b in t.blocks
+                      if f"{b}.{f.readers[0]}.weight" in model.tensors]  # fmt: skip
+        return pairs
+
+    @property
+    def _said(self) -> Mapping[str, Any]:
+        """The config; of a model of several parts that of the language model."""
+        config = self.inputs[0].config or {}
+        inner = config.get("text_config")
+        return inner if isinstance(inner, Mapping) and config.get("model_type") not in FAMILIES else config
 
     # -- one scale -------------------------------------------------------------------------------------------------------
 
@@ -135,7 +145,7 @@ class SmoothNode(Node):
         i, parts = feed.part
         first, makes = outputs // parts * i, outputs // parts
         repeat = count // makes if makes and count % makes == 0 else 0
-        width = heads(self.inputs[0].config or {}) if repeat > 1 and feed.where == "out" else 1
+        width = heads(self._said) if repeat > 1 and feed.where == "out" else 1
         if outputs % parts or repeat == 0 or (repeat > 1 and (feed.where != "out" or not width or makes % width)):
             raise self.refuse(
                 f"`{source}` makes {makes} channels, and `{readers[0]}` reads {count}: it does not read its output alone",
@@ -150,12 +160,12 @@ class SmoothNode(Node):
         if seen is None:
             return None
         self._sound(f"{source}.weight")
-        width = heads(self.inputs[0].config or {})
+        width = heads(self._said)
         fits = len(keys.shape) == len(queries.shape) == len(seen.shape) == 2 and keys.shape[1] == seen.shape[1]
         if not width or width % 2 or not fits or keys.shape[0] % width or queries.shape[0] % keys.shape[0]:
             what = f"`{source}.weight` {list(keys.shape)} and `{reader}.weight` {list(queries.shape)}"
             raise self.refuse(f"{what} make no keys and queries of heads of {width or 'unknown'} channels", key="at")
-        if ((self.inputs[0].config or {}).get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        if (self._said.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
             raise self.refuse("only a part of every head is turned by rotary embedding: pairs are not known", key="at")
         bias = self.inputs[0].tensors.get(f"{source}.bias")
         repeat = queries.shape[0] // keys.shape[0]

@@ -32,6 +32,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama-biased": ("LlamaForCausalLM", {**GROUPED, "attention_bias": True, "mlp_bias": True}, 11),
     "qwen2": ("Qwen2ForCausalLM", {**GROUPED, "tie_word_embeddings": True}, 10),
     "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 6}, 9),
+    "mistral": ("MistralForCausalLM", GROUPED, 9),
+    "smollm3": ("SmolLM3ForCausalLM", GROUPED, 9),
+    "granite": ("GraniteForCausalLM", {**GROUPED, "attention_multiplier": 0.3, "residual_multiplier": 0.5}, 9),
+    "gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 4, "sliding_window": 8}, 9),
+    "roberta": ("RobertaForSequenceClassification", {**SIZES, "pad_token_id": 0}, 3),
+    "electra": ("ElectraForSequenceClassification", {**SIZES, "embedding_size": 8}, 3),
     "gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 4}, 9),
     "gemma2": ("Gemma2ForCausalLM", {**GROUPED, "head_dim": 4, "sliding_window": 8}, 9),
     "phi3": ("Phi3ForCausalLM", GROUPED, 5),
@@ -207,6 +213,27 @@ def test_keys_are_scaled_only_where_nothing_stands_in_between(tied: Path, tmp_pa
     with pytest.raises(Refused, match="no keys and queries"):
         len(surgery.steps.smooth(surgery.open(tied / "model"), surgery.open(tied / "inputs"), at=["keys"]))
     write_json(tied / "model/config.json", config)
+
+
+def test_the_language_model_of_several_parts(tmp_path: Path) -> None:
+    """Its config is inside another one, and a vision tower has attention of its own, which stays as it is."""
+    model = build(tmp_path / "model", "llama")
+    collect(str(model), tmp_path / "inputs", kind="inputs", data=texts(tmp_path))
+    for folder in (tmp_path / "model", tmp_path / "inputs"):
+        tensors = {f"language_model.{n}": v for n, v in load_file(folder / "model.safetensors").items()}
+        if folder.name == "model":
+            more = [(f"vision.encoder.layers.{i}.self_attn.{p}_proj.weight", torch.ones(8, 8)) for i in range(3) for p in "qkv"]
+            tensors |= dict(more) | {f"vision.encoder.layers.{i}.layer_norm1.weight": torch.ones(8) for i in range(3)}
+        (folder.parent / f"whole-{folder.name}").mkdir()
+        save_file(tensors, folder.parent / f"whole-{folder.name}/model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    write_json(tmp_path / "whole-model/config.json", {"model_type": "llava", "text_config": config})
+    said = json.loads((tmp_path / "inputs/statistics.json").read_text())
+    write_json(tmp_path / "whole-inputs/statistics.json", {**said, "model": {}})
+    whole = smoothed(tmp_path, tmp_path / "whole-model", tmp_path / "whole-inputs", "whole-out", kind="fixed")
+    alone = load_file(smoothed(tmp_path, model, tmp_path / "inputs", "out", kind="fixed") / "model.safetensors")
+    for name, v in load_file(whole / "model.safetensors").items():
+        assert torch.equal(v, torch.ones_like(v) if "vision" in name else alone[name.removeprefix("language_model.")]), name
 
 
 def test_recipes_threads_and_places(tmp_path: Path) -> None:
