@@ -53,9 +53,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"values": "bfloat16"}),
     ("round", {"bits": 1.0}),
     ("round", {"step": 1e-4, "scale": "l2"}),
+    ("hadamard", {}),
+    ("hadamard", {"bits": 1, "scale": "l2"}),
+    ("hadamard", {"bits": 7}),
+    ("columns", {"count": 3}),
+    ("columns", {"share": 0.1, "quantiser": {"codec": "round", "bits": 1.0}}),
+    ("two_level", {}),
+    ("two_level", {"bits": 2, "group": 24, "scale": "l2"}),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}"[:60] for name, options in CASES]
-MATRIX_ONLY = {"svd_wf", "lowrank", "delta_come", "loftq", "hybrid"}  # hybrid by its default stages
+MATRIX_ONLY = {"svd_wf", "lowrank", "delta_come", "loftq", "hybrid", "columns"}  # hybrid by its default stages
 every = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
 
@@ -225,7 +232,7 @@ def test_unknown_options_are_refused(name: str, options: dict) -> None:
         lossy_codec(name).encode(np.ones((4, 4)), key="t", bitz=3, **options)
 
 
-@pytest.mark.parametrize("name", ["group", "sparse24", "quantile"])
+@pytest.mark.parametrize("name", ["group", "sparse24", "quantile", "hadamard", "two_level"])
 def test_numbers_of_bits_may_come_as_floats(name: str, delta: np.ndarray) -> None:
     """As `--bits 2` does."""
     one, two = (lossy_codec(name).encode(delta, key="t", bits=bits) for bits in (2, 2.0))
@@ -255,7 +262,7 @@ def test_dither_bound_holds(rows: int, columns: int, scale: float, error: float,
     assert coded.facts["error"]["bound"] <= limit * (1 + 1e-12)
 
 
-UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24"}  # with `scale: gain`, the default
+UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24", "hadamard", "two_level"}  # with `scale: gain`, the default
 
 
 @given(

@@ -28,7 +28,7 @@ def ranged(x: np.ndarray) -> Source:
 
 
 def test_elementwise_codecs_stream() -> None:
-    assert {n for n, _ in STREAMING} == {"dither", "dare", "sign", "ternary", "group", "nf4", "quantile", "sparse", "plain"}
+    assert {n for n, _ in STREAMING} == {"dither", "dare", "sign", "ternary", "group", "hadamard", "nf4", "quantile", "sparse", "plain", "two_level"}
     assert all(
         codec.streams or codec.matrix or name.startswith(("hybrid", "sparse24", "round", "sum")) for name, codec in LOSSY.items()
     )

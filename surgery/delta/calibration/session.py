@@ -17,6 +17,7 @@ from surgery.delta.calibration.probe import Probe
 from surgery.delta.calibration.sensitivity import sensitivities
 from surgery.delta.deltas import Deltas
 from surgery.delta.entries import unknown
+from surgery.delta.lossy.hybrid import Hybrid
 from surgery.delta.pack import Choose
 from surgery.delta.rebuild import stored_tensors
 from surgery.errors import Refused
@@ -25,7 +26,6 @@ from surgery.statistics.node import StatisticsNode
 
 Step = Callable[[str, int, int], None]  # (what is done, how much of it, of how much)
 _QUIET: Step = lambda what, done, total: None  # noqa: E731
-_STAGED = ("hybrid/", "loftq/")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Calibration:
                     "--max-error and --calib do not go together: feedback moves single weights further than a step",
                     hint="give --bits or --size, or leave --calib out",
                 )
-            if self.repair and codec.name.startswith(_STAGED):
+            if self.repair and isinstance(codec, Hybrid):
                 raise Refused(f"--repair puts a second stage on a codec; {codec.name} has some already")
         if self.grams is not None:
             if self.repair:

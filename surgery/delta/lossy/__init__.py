@@ -1,10 +1,12 @@
 """Lossy codecs of deltas, one family per file. Importing this package registers them in `surgery.delta.codecs.base.LOSSY`."""
 
 from surgery.delta.lossy import (  # noqa: F401
+    columns,
     dare,
     delta_come,
     dither,
     group,
+    hadamard,
     hybrid,
     lowrank,
     nf4,
@@ -17,4 +19,5 @@ from surgery.delta.lossy import (  # noqa: F401
     summed,
     svd_wf,
     ternary,
+    two_level,
 )

@@ -18,7 +18,7 @@ from surgery.delta.codecs.base import Coded, Lossy, lossy, lossy_codec
 from surgery.delta.lossy.common import Array, Codec, Parts
 from surgery.delta.lossy.inputs import Inputs
 
-_STAGE = {"type": "object", "required": ["codec"], "properties": {"codec": {"type": "string"}}}
+STAGE = {"type": "object", "required": ["codec"], "properties": {"codec": {"type": "string"}}}
 _MOST = 8
 
 
@@ -32,7 +32,7 @@ class Hybrid(Codec):
                 "type": "array",
                 "minItems": 1,
                 "maxItems": _MOST,
-                "items": _STAGE,
+                "items": STAGE,
                 "default": [{"codec": "svd_wf/1", "bits": 0.1}, {"codec": "dare/1", "drop": 0.95}],
                 "description": "codecs in order, each with its own options beside `codec`",
             },
@@ -90,7 +90,7 @@ class LoftQ(Hybrid):
         {
             "rank": {"type": "integer", "minimum": 1, "default": 8, "description": "rank of the low-rank part"},
             "quantiser": {
-                **_STAGE,
+                **STAGE,
                 "default": {"codec": "group/1", "bits": 2, "scale": "l2"},
                 "description": "codec of the other part, with its options",
             },

@@ -31,12 +31,13 @@ Round = Callable[[Array, int], Array]  # (columns that are left, (some, outputs)
 class Inputs:
     """The Gram matrix of a layer's inputs, (n, n), float64, damped so that it can be inverted.
 
-    axis: which axis of the stored matrix the inputs are: 1, or 0 for weights that are stored (in, out).
+    axis: which axis of the stored matrix the inputs are: 1, or 0 for weights that are stored (in, out). damp: share of the mean
+    diagonal that is added to it.
     """
 
     def __init__(self, gram: Array, *, axis: int = 1, damp: float = DAMP) -> None:
         """Raises Refused for a matrix that is not square, finite and of positive trace."""
-        self.axis = axis
+        self.axis, self.damp = axis, damp
         gram = np.asarray(gram, np.float64)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
             raise Refused(f"a Gram matrix has shape {list(gram.shape)}; it must be square")
