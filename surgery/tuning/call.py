@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from surgery.errors import Failed, Refused
 from surgery.tuning.fit import Given, fit
@@ -81,6 +81,7 @@ def tune(
     around = (lambda inner: Supervised(inner, loss)) if own or loss is not None else None
     given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics, around=around,
                   stages=stages)  # fmt: skip
+    set_seed(read.seed)  # peft draws factors from torch's own generator, which is as whoever used it last left it
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)

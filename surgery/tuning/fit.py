@@ -66,7 +66,6 @@ def fit(given: Given, settings: Settings, folder: Path, *, save: bool, resume: b
     if len(given.train) == 0:
         raise Refused("there are no examples to train on")
     if settings.method == "lora":
-        set_seed(settings.seed)  # peft draws the factors from torch's own generator, which is as whoever used it last left it
         given.model = methods.adapted(given.model, settings.options, given.kind)
     if settings.regularise.get("neftune") and not hasattr(given.model, "get_input_embeddings"):
         raise Refused(f"regularise.neftune: {type(given.model).__name__} has no token embeddings")

@@ -66,12 +66,12 @@ def write_adapter(model: Any, source: Source, folder: Path) -> None:
     """The adapter as peft stores it; its config names the base as the user did."""
     folder.mkdir(parents=True, exist_ok=True)
     for config in model.peft_config.values():
-        config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
-        config.revision = source.revision
-        config.inference_mode = True
         for key, value in vars(config).items():
             if isinstance(value, set):  # whose order is another one in every process
                 setattr(config, key, sorted(value))
+        config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
+        config.revision = source.revision
+        config.inference_mode = True
     with quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
     _readable(folder)
