@@ -75,13 +75,13 @@ def tune(
                       hint="model.float()")  # fmt: skip
     if resume and folder is None:
         raise Refused("tune: there is nothing to resume without a folder")
+    set_seed(read.seed)  # peft draws factors from torch's own generator, which is as whoever used it last left it
     own = not isinstance(model, PreTrainedModel)
     if read.regularise.get("label_smoothing") and (own or loss is not None):
         raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")
     around = (lambda inner: Supervised(inner, loss)) if own or loss is not None else None
     given = Given(model, dataset, validation, collate or (stacked_pairs if pairs else None), metrics, around=around,
                   stages=stages)  # fmt: skip
-    set_seed(read.seed)  # peft draws factors from torch's own generator, which is as whoever used it last left it
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = fit(given, read, Path(folder or scratch), save=folder is not None, resume=resume, progress=progress)
