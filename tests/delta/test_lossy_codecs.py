@@ -59,6 +59,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("columns", {"count": 3}),
     ("columns", {"share": 0.1, "quantiser": {"codec": "round", "bits": 1.0}}),
     ("two_level", {}),
+    ("vq", {"width": 6}),
+    ("vq", {"dims": 3, "width": 4, "books": 2, "scale": "l2"}),
     ("two_level", {"bits": 2, "group": 24, "scale": "l2"}),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}"[:60] for name, options in CASES]
@@ -262,7 +264,7 @@ def test_dither_bound_holds(rows: int, columns: int, scale: float, error: float,
     assert coded.facts["error"]["bound"] <= limit * (1 + 1e-12)
 
 
-UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24", "hadamard", "two_level"}  # with `scale: gain`, the default
+UNBIASED_SCALE = {"sign", "ternary", "group", "nf4", "sparse24", "hadamard", "two_level", "vq"}  # with `scale: gain`, the default
 
 
 @given(

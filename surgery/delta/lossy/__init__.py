@@ -20,4 +20,5 @@ from surgery.delta.lossy import (  # noqa: F401
     svd_wf,
     ternary,
     two_level,
+    vq,
 )

@@ -5,7 +5,7 @@
     d' = (q - z) t s
 
 A kernel that multiplies int8 opens groups with integers alone: 119 leaves room for the inner level's error, so (q - z) t fits
-into a signed byte. Groups have a zero of their own, so grids need not be symmetric. t is the one of several clippings with least
+into a signed byte. Groups have a zero of their own: grids need not be symmetric. t is the one of several clippings with least
 squared error. Rows' s are float16 with a common power of two, times the gain correction of the whole tensor. With the Gram
 matrix of a layer's inputs codes are rounded with feedback, within the same limits.
 """
