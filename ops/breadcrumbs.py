@@ -94,6 +94,10 @@ class FindBand:
     def sampled(self) -> bool:
         return self._search is not None and self._search.sampled
 
+    def gathers(self, size: int) -> int:
+        """See `surgery.ops.select.TopK`."""
+        return self._search.gathers(size) if self._search is not None else 0
+
     def observe(self, inputs: Sequence[Array], at: At) -> Any:
         (x,) = inputs
         if self._search is not None:

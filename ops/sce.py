@@ -90,13 +90,20 @@ class FindShares:
     """
 
     def __init__(self, count: int, sizes: Sequence[int], topk: float, absolute: bool) -> None:
-        self._total, self._topk, self._absolute = sum(sizes), topk, absolute
+        self._count, self._total, self._topk, self._absolute = count, sum(sizes), topk, absolute
         self._search = TopK([], sizes, counts=[0]) if topk < 1.0 else None
         self._shares = Shares(None, (1.0 / count,) * count)
 
     @property
     def sampled(self) -> bool:
         return self._search is not None and self._search.sampled
+
+    def gathers(self, size: int) -> int:
+        """See `surgery.ops.select.TopK`; beside what that gathers, every delta's elements there, where they are few."""
+        if self._search is None:
+            return 0
+        few = min(self._total, max(_ALL, int(2 * _FEW * self._total)))
+        return self._search.gathers(size) + self._count * min(size * few, self._search.gathers(size))
 
     @property
     def collects(self) -> bool:

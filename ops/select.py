@@ -225,6 +225,13 @@ class TopK:
         bracket = self._brackets[i]
         return bracket.low, bracket.high, bracket.single, bracket.half if bracket.narrow else 1.0
 
+    def gathers(self, size: int) -> int:
+        """Bytes of numbers (of `size` bytes each) that are held at most while cuts are sought that are not known yet: what a
+        pass gathers of every input, and what selecting in one of them takes (`_largest`: those left over, side by side, sorted
+        and compared)."""
+        sought = [b.total for b in self._brackets if b.cut is None]
+        return size * (sum(min(n, _ROOM) for n in sought) + 4 * min(max(sought, default=0), _MANY))
+
     def observe(self, inputs: Sequence[Array], at: At) -> list[Any]:
         return [self._look(x, b) for x, b in zip(inputs, self._brackets, strict=True)]
 

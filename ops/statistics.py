@@ -48,6 +48,14 @@ class Statistic(Protocol):
 
 
 @runtime_checkable
+class Gathering(Protocol):
+    """A statistic that holds numbers of its inputs until a pass is concluded; the plan counts them as memory."""
+
+    def gathers(self, size: int) -> int:
+        """Bytes that are held at most, for numbers of `size` bytes."""
+
+
+@runtime_checkable
 class Stored(Protocol):
     """A statistic that can also look at bfloat16 inputs where they are stored, by compiled kernels, to the same bits.
 

@@ -9,6 +9,7 @@ from surgery.adapter import forms as _adapter  # noqa: F401
 from surgery.graph import edit_forms, reset_forms, stack_forms  # noqa: F401
 from surgery.graph.forms import Form, forms
 from surgery.reshape import forms as _reshape  # noqa: F401
+from surgery.reshape import smooth_forms as _smooth  # noqa: F401
 
 
 def get(name: str) -> Form | None:

@@ -276,7 +276,7 @@ class Digits:
         return made.summary(made.found) or {}
 
     def statistics(self, kind: str, name: str, domain: str, count: int = 256) -> surgery.Checkpoint:
-        """Statistics (gram, fisher) of a model of the rig over training images of a domain."""
+        """Statistics (gram, fisher, inputs) of a model of the rig over training images of a domain."""
         model, images = self.open(name), torch.from_numpy(self.examples(domain, count=count)[0])
 
         def make(folder: Path) -> None:

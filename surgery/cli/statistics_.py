@@ -10,16 +10,17 @@ from surgery.cli.options import JSON, OUT, print_json
 @click.command("statistics")
 @click.argument("model")
 @click.option(
-    "--kind", type=click.Choice(["gram", "fisher", "sensitivity", "angular"]), required=True,
-    help="For `regmean`; for `fisher`; squared gradients of the loss; for `drop_layers`.",
+    "--kind", type=click.Choice(["gram", "fisher", "sensitivity", "angular", "inputs"]), required=True,
+    help="For `regmean`; for `fisher`; squared gradients of the loss; for `drop_layers`; for `smooth`.",
 )  # fmt: skip
 @click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False), help="Texts: .txt lines, or .jsonl.")
 @OUT
 @click.option("--samples", default=256, show_default=True, type=click.IntRange(1), help="Texts at most.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(1), help="Tokens a text is cut to.")
-@click.option("--seed", default=0, show_default=True, help="Of the labels that are drawn for Fisher information.")
+@click.option("--seed", default=0, show_default=True, help="Of labels drawn for Fisher information, and of rows for inputs.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Tensors to collect for; default all. Repeatable.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Texts in a gradient, for sensitivity.")
+@click.option("--rows", default=128, show_default=True, type=click.IntRange(1), help="Kept of a layer's inputs, for inputs.")
 @click.option("--memory", default="4GB", show_default=True, metavar="SIZE", help="For Gram matrices held at a time.")
 @click.option("--overwrite", is_flag=True, help="Replace the statistics checkpoint at OUT.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
@@ -34,6 +35,7 @@ def command(
     seed: int,
     only: tuple[str, ...],
     batch: int,
+    rows: int,
     memory: str,
     overwrite: bool,
     quiet: bool,
@@ -75,6 +77,7 @@ def command(
         memory=parse_size(memory),
         only=only or ("*",),
         batch=batch,
+        rows=rows,
         overwrite=overwrite,
         progress=progress,
     )

@@ -104,6 +104,8 @@ def summary(made: Any) -> str:
     lines += columns(rows)
     if len(made.objective) > 1:
         lines.append(f"not beaten in every objective (Pareto front): trials {', '.join(str(t.number) for t in made.front)}")
+    if made.niches:
+        lines.append(f"went on from the best of {made.niches['niches']} niches of weight distance and loss correlation")
     if made.learned:
         learned = made.learned
         seen = f"{', '.join(learned['tasks'])} ({learned['split']} split, {learned['loss']})"

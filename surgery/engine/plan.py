@@ -86,6 +86,8 @@ class Price:
     lanes: int = 0  # what a worker needs to hand pieces to a device, and
     beside: int = 0  # what making a piece of a derived tensor takes beside it
     context: int = 0  # what the device's driver takes of this process's memory
+    gathered: int = 0  # what the search for a threshold over the model holds between its pieces, and
+    gathers: int = 0  # one over a single tensor, of which every worker may have begun one
 
 
 @dataclass

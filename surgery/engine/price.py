@@ -10,6 +10,7 @@ from surgery.engine.pieces import PIECE
 from surgery.engine.plan import Price, Program, passes_of
 from surgery.engine.reader import stream_room
 from surgery.graph.expr import Applied, Derived, Expr, Literal, Mapped, Measure, Read
+from surgery.ops.statistics import Gathering
 
 INTERPRETER = 80 * 10**6  # resident bytes of Python with numpy and this package
 TORCH = 230 * 10**6  # what importing torch adds
@@ -35,7 +36,17 @@ def price(programs: Sequence[Program], prepasses: Sequence[Sequence[Measure]], s
     for op, n in passes_of(m for p in programs for m in p.measures).items():
         passes[f"{op} per tensor"] = n
     streams = any(isinstance(state, RemoteState) for state in _states(programs))
-    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch, streams, beside=beside)
+    wide = any(p.wide for p in programs)
+    gathered = max((_gathered(m, wide) for m in early), default=0)
+    gathers = max((_gathered(m, wide) for p in programs for m in p.measures), default=0)
+    return Price(read + sum(passes.values()), size, tuple(passes.items()), whole, buffers, torch, streams, beside=beside,
+                 gathered=gathered, gathers=gathers)  # fmt: skip
+
+
+def _gathered(measure: Measure, wide: bool) -> int:
+    """What a statistic holds of its inputs until a pass is concluded, in bytes."""
+    statistic = measure.start()
+    return statistic.gathers(8 if wide else 4) if isinstance(statistic, Gathering) else 0
 
 
 def _states(programs: Sequence[Program]) -> Iterator[Any]:
@@ -64,8 +75,9 @@ def _wants_torch(e: Applied) -> bool:
 
 def peak_memory(cost: Price, programs: int, threads: int) -> int:
     """Expected peak resident memory of a run, in bytes."""
-    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1) + cost.lanes + cost.beside
+    worker = PIECE * (8 + 8 + 4 * cost.buffers) * (2 if cost.torch else 1) + cost.lanes + cost.beside + cost.gathers
     fixed = INTERPRETER + cost.context + (TORCH if cost.torch else 0) + programs * PER_PROGRAM
     fixed += KERNELS if cost.read + cost.written >= KERNELS_PAY else 0
     fixed += (stream_room() if cost.streams else 0) + cost.beside  # once more: what stays unpacked for the next piece
+    fixed += cost.gathered
     return fixed + threads * (worker + cost.whole_tensor)

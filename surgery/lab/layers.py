@@ -71,7 +71,8 @@ def profile(
     only: Sequence[str] = (), radius: float | None = None, directions: int = 4, split: str = "test",
     resident: Resident | None = None, settings: Settings | None = None,
 ) -> dict[str, Profile]:  # fmt: skip
-    """Layers of a fine-tune, each interpolated alone (Rofin et al. 2024, In search of the successful interpolation).
+    """Layers of a fine-tune, each interpolated alone (Abdollahpoorrostam 2024, In search of the successful interpolation,
+    arXiv 2410.16476).
 
     A straggler is a layer whose own path is not straight: its hump is above `limit` with the confidence of the settings.
     alphas: points of every path beside 1, 0 among them. only: globs of layers. radius: also measure sharpness, the most that

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from surgery.checkpoint.sidecar import write_json
 from surgery.engine.plan import make_plan
@@ -27,7 +29,8 @@ Told = Callable[[Trial, Trial | None, int | None], None]
 @dataclass
 class Sweep:
     """A finished sweep. test: task -> what `Result.as_dict` gives, of the chosen trial alone; empty without test splits.
-    references: task -> the model that its objective was divided by, and its value. learned: how, of methods that learn."""
+    references: task -> the model that its objective was divided by, and its value. learned: how, of methods that learn.
+    niches: of a population with diversity, how many are taken, and how the models differ."""
 
     out: Path
     method: str
@@ -38,6 +41,7 @@ class Sweep:
     test: dict[str, Any]
     references: dict[str, Any] = field(default_factory=dict)
     learned: dict[str, Any] = field(default_factory=dict)
+    niches: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:
@@ -53,7 +57,8 @@ class Sweep:
             "chosen": {"trial": self.chosen.number, "params": self.chosen.params, "score": self.chosen.score,
                        "validation": self.chosen.values, "test": self.test},
         }  # fmt: skip
-        made |= {k: v for k, v in (("objective_over", self.references), ("learned", self.learned)) if v}
+        more = {"objective_over": self.references, "learned": self.learned, "niches": self.niches}
+        made |= {k: v for k, v in more.items() if v}
         if len(self.objective) > 1:
             made["pareto"] = [t.number for t in self.front]
         return made | {"trials": [t.as_dict() for t in self.trials]}
@@ -96,10 +101,15 @@ def sweep(
 
         trials = Trials(directory, goals, judge, lambda t, b: told(t, b, search.total) if told else None)
         learned: dict[str, Any] = {}
+        niches: dict[str, Any] = {}
         if search.method == "grid":
             propose.grid(search, trials)
         elif search.method == "greedy_soup":
             soups.greedy(search, trials)
+        elif search.method == "population":
+            from surgery.lab import population
+
+            niches = population.population(search, trials, directory, lambda which: _between(search, evaluator, which))
         elif search.method == "lm_cocktail":
             soups.cocktail(search, trials, members)
         elif search.method == "graft":
@@ -112,7 +122,7 @@ def sweep(
             learned = learn.coefficients(search, recipe, trials, evaluator.resident, folder)
         else:
             propose.sampled(search, trials, folder)
-        made = _concluded(search, recipe, trials, directory, evaluator, goals, learned)
+        made = _concluded(search, recipe, trials, directory, evaluator, goals, learned, niches)
         if output is not None:
             output.publish()
         return replace(made, out=final)
@@ -122,6 +132,28 @@ def sweep(
         raise
     finally:
         directory.close()
+
+
+def _between(search: Search, evaluator: Evaluator, which: Sequence[int]) -> Any:
+    """How models of a population differ: every one evaluated once more, and all read once."""
+    from surgery.engine.compute import compute
+    from surgery.lab.path import node_of
+    from surgery.lab.population import between, losses
+
+    places = [place for i, place in enumerate(search.models().values()) if i in which]
+    splits = {t.name: "validation" for t in search.tasks if t.name in search.only}
+    seen = []
+    for place in places:
+        found = evaluator.outcomes(plan_of(place), splits)
+        seen.append(np.concatenate([losses(outcome) for outcome in found.values()]))
+    nodes = [node_of(place) for place in places]
+
+    def tensors() -> Iterator[Any]:
+        for name, expr in nodes[0].tensors.items():
+            if expr.dtype.is_float and all(name in n.tensors and n.tensors[name].shape == expr.shape for n in nodes):
+                yield np.stack([compute(n.tensors[name]).double().reshape(-1).numpy() for n in nodes])
+
+    return between(seen, tensors)
 
 
 def _scaled(search: Search, directory: Directory, evaluator: Evaluator) -> list[Goal]:
@@ -145,7 +177,7 @@ def _scaled(search: Search, directory: Directory, evaluator: Evaluator) -> list[
 
 
 def _concluded(search: Search, recipe: Path, trials: Trials, directory: Directory, evaluator: Evaluator, goals: list[Goal],
-               learned: dict[str, Any]) -> Sweep:  # fmt: skip
+               learned: dict[str, Any], niches: dict[str, Any]) -> Sweep:  # fmt: skip
     folder = directory.path
     chosen = trials.done[-1] if search.method == "lm_cocktail" else trials.best
     if chosen is None or chosen.score is None:
@@ -165,6 +197,7 @@ def _concluded(search: Search, recipe: Path, trials: Trials, directory: Director
         test=test,
         references={g.task: {"model": g.over, "value": g.scale} for g in goals if g.over is not None},
         learned=learned,
+        niches=niches,
     )
     write_csv(folder / "results.csv", made.trials)
     comment = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from surgery.lab.learnt import LEARNED, Learn, read_learn
 from surgery.lab.tasks import Task, read_tasks
 from surgery.recipe.document import Document
 
-METHODS = ("grid", "tpe", "cmaes", "greedy_soup", "lm_cocktail", *LEARNED)
+METHODS = ("grid", "tpe", "cmaes", "greedy_soup", "population", "lm_cocktail", *LEARNED)
 _KEYS = {
     "recipe": str, "tasks": str, "dimensions": dict, "method": str, "objective": dict, "trials": int, "seed": int,
     "wise": dict, "lines": dict, "models": (dict, list), "replacement": bool, "picks": int, "temperature": (int, float),
-    "keep_ties": bool, "base": str, "tuned": str, "learn": dict,
+    "keep_ties": bool, "diversity": bool, "archive": int, "base": str, "tuned": str, "learn": dict,
 }  # fmt: skip
 _SEARCHED = ("grid", "tpe", "cmaes")
 _ONLY: dict[str, tuple[str, ...]] = {
     "recipe": (*_SEARCHED, "adamerging", "learned_soup"), "dimensions": _SEARCHED, "wise": ("grid",), "lines": ("grid",),
-    "trials": ("tpe", "cmaes"), "models": ("greedy_soup", "lm_cocktail", "learned_soup", "adamerging"),
+    "trials": ("tpe", "cmaes", "population"),
+    "models": ("greedy_soup", "population", "lm_cocktail", "learned_soup", "adamerging"),
+    "diversity": ("population",), "archive": ("population",),
     "replacement": ("greedy_soup",), "picks": ("greedy_soup",), "keep_ties": ("greedy_soup",),
     "temperature": ("lm_cocktail",), "base": ("adamerging", "graft"), "tuned": ("graft",), "learn": LEARNED,
 }  # fmt: skip
@@ -36,7 +39,8 @@ _ONLY: dict[str, tuple[str, ...]] = {
 _MADE_OF: dict[str, tuple[tuple[str, ...], ...]] = {
     "grid": (("recipe", "dimensions"), ("wise",), ("lines",)),
     "tpe": (("recipe", "dimensions"),), "cmaes": (("recipe", "dimensions"),),
-    "greedy_soup": (("models",),), "lm_cocktail": (("models",),), "learned_soup": (("models",), ("recipe",)),
+    "greedy_soup": (("models",),), "population": (("models",),),
+    "lm_cocktail": (("models",),), "learned_soup": (("models",), ("recipe",)),
     "adamerging": (("base", "models"), ("recipe",)), "graft": (("base", "tuned"),),
 }  # fmt: skip
 
@@ -73,7 +77,7 @@ class Search:
         """How many trials there will be, where it is known in advance."""
         if self.learn is not None:
             return len(self.learn.stops)
-        return self.trials if self.dimensions else None
+        return self.trials if self.dimensions or self.method == "population" else None
 
     @property
     def trials(self) -> int:
@@ -162,6 +166,10 @@ def _checked(said: Mapping[str, Any], refuse: Any) -> str:
     for key in ("trials", "picks"):
         if key in said and said[key] < 1:
             raise refuse(f"`{key}` must be at least 1", key)
+    if "archive" in said and (said["archive"] < 4 or isqrt(said["archive"]) ** 2 != said["archive"]):
+        raise refuse("`archive` must be a square, 4 or more: it is a grid of niches", "archive")
+    if method == "population" and int(said.get("trials", 30)) < len(said.get("models", ())):
+        raise refuse("`trials` must be at least as many as there are models, which are tried first", "trials")
     if "temperature" in said and not said["temperature"] > 0:
         raise refuse("`temperature` must be above 0", "temperature")
     _check_made_of(said, method, refuse)

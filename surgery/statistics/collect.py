@@ -16,6 +16,7 @@ from surgery.errors import Refused
 from surgery.statistics.angular import angles
 from surgery.statistics.fisher import collect_fisher
 from surgery.statistics.gram import collect_gram, groups, linear_layers
+from surgery.statistics.inputs import ROWS, collect_inputs
 from surgery.statistics.live import Live, load
 from surgery.statistics.manifest import COLLECTED, Manifest, content_digest
 from surgery.statistics.sensitivity import collect_sensitivity, labels_of
@@ -46,6 +47,7 @@ def collect(
     memory: int = 4 * 10**9,
     only: Sequence[str] = ("*",),
     batch: int = 16,
+    rows: int = ROWS,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Collected:
@@ -53,13 +55,13 @@ def collect(
 
     kind: one of `manifest.COLLECTED`. samples: texts at most. length: tokens a text is cut to. memory: bytes for
     Gram matrices at a time; more passes over the texts if that is less than all. only: globs of tensor names. batch: texts in
-    a gradient, for sensitivity. progress: (texts done, in all). Raises Refused. Writes the checkpoint and its statistics.json
-    to the directory `out`, which appears when it is whole.
+    a gradient, for sensitivity. rows: of a layer's inputs that are kept, for inputs. progress: (texts done, in all). Raises
+    Refused. Writes the checkpoint and its statistics.json to the directory `out`, which appears when it is whole.
     """
     if kind not in COLLECTED:
         raise Refused(f"kind must be one of {', '.join(COLLECTED)}, got {kind!r}")
-    if samples < 1 or length < 1:
-        raise Refused("samples and length must be at least 1")
+    if samples < 1 or length < 1 or rows < 1:
+        raise Refused("samples, length and rows must be at least 1")
     out, data, source = Path(out), Path(data), open_source(model)
     digest = content_digest(source)
     if not data.is_file():
@@ -75,7 +77,7 @@ def collect(
         elif kind == "sensitivity":
             parts, total = _sensitivity(live, texts, data, batch, only, made, progress)
         else:
-            parts, total = _parts(live, texts, kind, seed, memory, only, made, progress)
+            parts, total = _parts(live, texts, kind, seed, memory, rows, only, made, progress)
         _write(folder, parts, made)
         Manifest(
             kind=kind,
@@ -96,6 +98,7 @@ def _parts(
     kind: str,
     seed: int,
     memory: int,
+    rows: int,
     only: Sequence[str],
     made: Collected,
     progress: Callable[[int, int], None],
@@ -114,12 +117,15 @@ def _parts(
     def wanted(name: str) -> bool:
         return any(fnmatchcase(name, glob) for glob in only)
 
-    if kind == "gram":
+    if kind in ("gram", "inputs"):
         layers, lacking = linear_layers(live)
         made.left_out |= dict.fromkeys(lacking, "shared with the embedding, or not stored under a name of its own")
         layers = [layer for layer in layers if wanted(layer.name)]
         if not layers:
             raise Refused(f"{type(live.model).__name__}: no linear layer to collect from", hint="is --only too narrow?")
+        if kind == "inputs":
+            seen = collect_inputs(live, texts, layers, rows, seed, step(len(texts)))
+            return _reached([seen], layers, made), lambda: made.tokens
         count = step(len(texts) * len(groups(layers, memory)))
         return _reached(collect_gram(live, texts, layers, memory, count), layers, made), lambda: made.tokens
     found, predictions = collect_fisher(live, texts, seed, step(len(texts)))

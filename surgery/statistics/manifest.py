@@ -15,8 +15,8 @@ from surgery.errors import Refused
 
 FILE = "statistics.json"
 FORMAT = "surgery-statistics/1"
-KINDS = ("gram", "fisher", "sensitivity", "angular", "mask")
-COLLECTED = ("gram", "fisher", "sensitivity", "angular")  # by `surgery statistics`; masks are learned
+KINDS = ("gram", "fisher", "sensitivity", "angular", "inputs", "mask")
+COLLECTED = ("gram", "fisher", "sensitivity", "angular", "inputs")  # by `surgery statistics`; masks are learned
 _WINDOW = 1024  # bytes looked at, at the start, the middle and the end of every tensor
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from surgery.errors import Failed, Refused
 from surgery.tuning.fit import Given, fit
@@ -81,6 +81,7 @@ def tune(
         raise Refused("tune(method.lora.calibration): a file belongs into a tune file", hint="tune(calibration=dataset)")
     if resume and folder is None:
         raise Refused("tune: there is nothing to resume without a folder")
+    set_seed(read.seed)  # peft draws factors from torch's own generator, which is as whoever used it last left it
     own = not isinstance(model, PreTrainedModel)
     if read.regularise.get("label_smoothing") and (own or loss is not None):
         raise Refused("tune: label_smoothing belongs into the loss", hint="CrossEntropyLoss(label_smoothing=…)")

@@ -108,18 +108,21 @@ class Examples:
 class Stream:
     """Examples of a stream of tasks in the order of training: each stage `epochs` times, shuffled, before the next begins.
 
-    items: those of all stages one after the other. stages: how many each has. The order depends on `seed` alone.
+    items: those of all stages one after the other. stages: how many each has. The order depends on `seed` alone. ends: after
+    how many examples each pass over a stage ends, with the stage's number and the pass's, from 1.
     """
 
     def __init__(self, items: Any, stages: Sequence[int], epochs: int, seed: int) -> None:
         import numpy as np
 
         self._items, self._order = items, list[int]()
+        self.ends: list[tuple[int, int, int]] = []
         first = 0
         for number, size in enumerate(stages):
             for epoch in range(epochs):
                 drawn = np.random.default_rng([seed, number, epoch]).permutation(size)
                 self._order += [first + int(i) for i in drawn]
+                self.ends.append((len(self._order), number + 1, epoch + 1))
             first += size
 
     def __len__(self) -> int:

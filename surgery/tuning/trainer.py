@@ -263,6 +263,7 @@ class _Hooks(TrainerCallback):
             t.average.on_step(state.global_step, state.max_steps, t.own_optimizer)
             if t.adapters is not None:
                 t.adapters.fold()  # an average may have put other factors in place
+        self._passed(args, state)
         # a state at the end of an epoch is saved after all that happens there, or resuming would leave it out
         ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
         every = t.settings.save_every
@@ -270,15 +271,30 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         t = self._tuner
-        losses = t.losses[self._since :]
-        if losses:
-            t.history.append({"epoch": round(float(state.epoch), 6), "step": state.global_step,
-                              "loss": math.fsum(losses) / len(losses), "batches": len(t.losses)})  # fmt: skip
+        if t.losses[self._since :]:
+            self._record(state)
             if t.forward_again is not None:
                 t.history[-1]["repeated"] = t.forward_again.taken
         if t.average is not None:
             t.average.on_epoch(state.global_step, state.max_steps, t.own_optimizer)
         control.should_save = self._save and state.global_step % (t.settings.save_every or 1) == 0
+
+    def _record(self, state: Any, **more: int) -> None:
+        """A line of history: the mean loss since the last one."""
+        t = self._tuner
+        losses = t.losses[self._since :] or t.losses[-1:]  # a stage may be over within the batch that the last one ended in
+        t.history.append({"epoch": round(float(state.epoch), 6), "step": state.global_step,
+                          "loss": math.fsum(losses) / len(losses), "batches": len(t.losses), **more})  # fmt: skip
+        self._since = len(t.losses)
+
+    def _passed(self, args: Any, state: Any) -> None:
+        """Of a stream of tasks: a line for every pass over a stage that ended in this step."""
+        t = self._tuner
+        ends = getattr(t.train_dataset, "ends", ())
+        done, seen = sum("stage" in line for line in t.history), len(t.losses) * args.train_batch_size
+        for end, stage, number in ends[done:]:
+            if end <= seen:
+                self._record(state, stage=stage, **{"pass": number})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         if self._tuner.history:

@@ -68,6 +68,9 @@ def write_adapter(model: Any, source: Source, folder: Path, initial: Path | None
     the base; what is written then is the change since, of twice the rank, for the base as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for config in model.peft_config.values():
+        for key, value in vars(config).items():
+            if isinstance(value, set):  # whose order is another one in every process
+                setattr(config, key, sorted(value))
         config.base_model_name_or_path = source.location.partition("@")[0] if source.revision else source.location
         config.revision = source.revision
         config.inference_mode = True

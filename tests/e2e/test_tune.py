@@ -104,11 +104,12 @@ def test_checkpoint_and_delta_are_the_same_model(home: Path, surgery: Any) -> No
 def test_adapter_loads_in_peft_and_onto_its_base(home: Path, surgery: Any) -> None:
     import peft
 
-    method = "method={lora: {r: 4, target_modules: [q_proj, v_proj]}}"
+    method = "method={lora: {r: 4, target_modules: [v_proj, q_proj]}}"
     surgery("tune", "lm.yaml", "-o", "adapter", "-q", "--set", method)
     surgery("tune", "lm.yaml", "-o", "merged", "-q", "--set", method, "--set", "output=checkpoint")
     config = json.loads((home / "adapter/adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, "base")
+    assert config["target_modules"] == ["q_proj", "v_proj"]  # sorted: peft's set has another order in every process
     model = transformers.AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
     whole = peft.PeftModel.from_pretrained(model, home / "adapter").merge_and_unload().state_dict()
     merged = load_file(home / "merged/model.safetensors")

@@ -71,3 +71,39 @@ def test_streamed_operators_keep_a_bound_far_below_the_models(tmp_path: Path) ->
     cases = [(written(tmp_path, name, steps(name)), "330MB", tmp_path / f"out-{name}") for name in STREAMED]
     for name, (_, peak, said) in zip(STREAMED, peaks(tmp_path, cases), strict=True):
         assert not said and peak <= 330e6, (name, peak, said)
+
+
+def test_what_thresholds_gather_is_counted(tmp_path: Path) -> None:
+    """Two layers of very different size of delta: one threshold over both, which a sample brackets badly, and of each alone.
+    Nothing is beyond what the plan says, what is gathered is part of it, and less memory than that is refused."""
+    rng = np.random.default_rng(0)
+    shape = (1600, 2000)
+    for name in ("base", "a", "b"):
+        tensors = {f"model.layers.{i}.w.weight": rng.standard_normal(shape, np.float32) * 4.0**i for i in range(2)}
+        write_checkpoint(tmp_path / name, tensors, config={"model_type": "x"})
+    ends = "\nout: {op: add, of: [base, t]}"
+    texts = {
+        "global": DELTAS + "t: {op: ties, of: [d0, d1], density: 0.3, trim: global}" + ends,
+        "each": DELTAS + "t: {op: ties, of: [d0, d1], density: 0.3, trim: tensor}" + ends,
+        "sce": DELTAS + "t: {op: sce, of: [d0, d1], topk: 0.3}" + ends,
+        "breadcrumbs": DELTAS.splitlines()[0] + "\nt: {op: breadcrumbs, of: d0, density: 0.5, gamma: 0.1}" + ends,
+        "none": DELTAS + "t: {op: add, of: [d0, d1]}" + ends,
+    }
+    numel = shape[0] * shape[1]
+    from helpers import plan
+
+    paths = {name: written(tmp_path, name, text) for name, text in texts.items()}
+    prices = {name: plan(p).price for name, p in paths.items()}
+    selecting = 4 * (4 << 21)  # of two million numbers
+    assert (prices["global"].gathered, prices["global"].gathers) == (2 * 2 * numel * 4 + selecting, 0)
+    assert (prices["each"].gathered, prices["each"].gathers) == (0, 2 * numel * 4 + selecting)
+    assert prices["breadcrumbs"].gathers == 2 * numel * 4 + selecting and prices["sce"].gathers >= numel * 4 + selecting
+    assert (prices["none"].gathered, prices["none"].gathers) == (0, 0)
+    found = dict(zip(texts, peaks(tmp_path, [(p, None, tmp_path / f"out-{n}") for n, p in paths.items()]), strict=True))
+    for name, (needs, peak, said) in found.items():  # beside a sum, which gathers nothing: the fork has torch, these do not need it
+        stated, taken = needs - found["none"][0], peak - found["none"][1]
+        assert not said and taken <= stated, (name, taken, stated)
+        if name in ("global", "each"):
+            assert taken > stated - prices[name].gathered - prices[name].gathers  # it would be beyond a plan that forgot it
+    ((_, _, said),) = peaks(tmp_path, [(paths["global"], "less", tmp_path / "less")])
+    assert "this plan needs at least" in said

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn (pip install '.[demo]'
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import bits, corda, data_soup, growth, loftq, one_bit, stitch, straggler  # noqa: E402
+from evidence import bits, corda, data_soup, growth, loftq, one_bit, qqq, stitch, straggler  # noqa: E402
 from evidence.claims import Named  # noqa: E402
 from rig.digits import Digits  # noqa: E402
 
@@ -127,3 +127,12 @@ def test_a_grown_network_is_the_mean_of_its_parts(rig: Digits) -> None:
     wide = surgery.steps.grow(first, second, **growth.ROLES)
     assert holds(growth, "zeros off the diagonal", {"off": growth.apart(rig, wide, [first, second])})
     assert growth.apart(rig, surgery.steps.grow(first, first, **growth.ROLES), [first, second]) > 1e-3  # the check can fail
+
+
+def test_smoothing_moves_outliers_and_no_output(rig: Digits) -> None:
+    model = qqq.harder(rig)
+    easy = surgery.steps.smooth(model, rig.statistics("inputs", "outliers", qqq.DOMAIN, count=300), steps=20, feeds=qqq.FEEDS)
+    found = {"moved": float((qqq.predicted(rig, easy)[0] - qqq.predicted(rig, model)[0]).abs().max()), "exact": 0.0}
+    assert holds(qqq, "changes no output", found)
+    assert holds(qqq, "outlier channels alone", qqq.scaled(model, easy))
+    assert qqq.output_error(rig, easy, 4) < 0.6 * qqq.output_error(rig, model, 4)

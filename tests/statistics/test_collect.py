@@ -339,3 +339,59 @@ def test_the_command_explains_and_refuses(made: Path, tmp_path: Path) -> None:
     assert shown.returncode == 0 and "gram statistics, one for each" in shown.stdout and "ridge" in shown.stdout
     done = surgery("statistics", tmp_path, "--kind", "gram", "--data", made / "texts.txt", "-o", tmp_path / "g")
     assert done.returncode == 2 and "no weights in it" in done.stderr
+
+
+def test_inputs_are_the_ranges_and_rows_that_hooks_see(made: Path, tmp_path: Path) -> None:
+    """Ranges of all rows, and the sample's rows among them; q, k and v see the same ones; GPT-2's say (in, out)."""
+    collect(str(made / "a"), tmp_path / "s", kind="inputs", data=made / "texts.txt", rows=7)
+    found = read_checkpoint(tmp_path / "s")
+    model = transformers.LlamaForCausalLM.from_pretrained(made / "a")
+    seen: dict[str, list[np.ndarray]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            keep = seen.setdefault(f"{name}.weight", [])
+            module.register_forward_pre_hook(lambda m, i, k=keep: k.append(i[0].detach()[0].numpy().copy()))
+    with torch.no_grad():
+        for i in ids():
+            model(torch.tensor([i]))
+    assert set(found) == set(seen)
+    for name, parts in seen.items():
+        rows = np.concatenate(parts)
+        assert found[name].shape == (9, rows.shape[1]) and len(rows) > 7
+        np.testing.assert_allclose(found[name][0], rows.min(0), rtol=1e-6)
+        np.testing.assert_allclose(found[name][1], rows.max(0), rtol=1e-6)
+        later = iter(rows)  # the sample is among the rows, in their order
+        assert all(any(np.allclose(row, kept, rtol=1e-5, atol=1e-7) for row in later) for kept in found[name][2:])
+    prefix = "model.layers.0.self_attn."
+    np.testing.assert_array_equal(found[f"{prefix}q_proj.weight"], found[f"{prefix}v_proj.weight"])
+    collect(str(made / "gpt2"), tmp_path / "t", kind="inputs", data=made / "texts.txt", rows=100)
+    tall = read_checkpoint(tmp_path / "t")["transformer.h.0.attn.c_attn.weight"]
+    assert tall.shape == (2 + sum(map(len, ids())), 8, 1)  # fewer rows than asked for: all of them
+
+
+def test_every_row_is_sampled_as_often_as_any_other() -> None:
+    from surgery.statistics.inputs import Sample
+
+    counts = np.zeros(30)
+    for seed in range(400):
+        sample = Sample(5, seed)
+        for part in np.split(np.arange(30.0), [1, 7, 8, 20]):
+            sample.add(torch.from_numpy(np.stack([part, -part], axis=1)).float())
+        kept = sample.result()
+        assert kept.shape == (7, 2) and kept[0].tolist() == [0, -29] and kept[1].tolist() == [29, 0]
+        counts[kept[2:, 0].int().numpy()] += 1
+    assert counts.sum() == 2000 and abs(counts - 400 / 6).max() < 5 * np.sqrt(400 / 6 * 5 / 6)
+
+
+def test_inputs_from_the_command_line(made: Path, tmp_path: Path) -> None:
+    surgery("statistics", made / "a", "--kind", "inputs", "--data", made / "texts.txt", "-o", tmp_path / "s", "--rows", 3, "-q")
+    manifest = read_manifest(tmp_path / "s")
+    assert manifest is not None and (manifest.kind, manifest.samples) == ("inputs", 5)
+    recipe = f"models: {{m: {made / 'a'}, s: {tmp_path / 's'}}}\nsteps: {{e: {{op: smooth, of: [m, s]}}}}\noutput: {{from: e}}\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    surgery("run", tmp_path / "r.yaml", "-o", tmp_path / "out", "-q")
+    surgery("verify", tmp_path / "out")
+    models = [transformers.LlamaForCausalLM.from_pretrained(p) for p in (made / "a", tmp_path / "out")]
+    with torch.no_grad():
+        first, second = (m(torch.tensor([ids()[0]])).logits for m in models)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)

@@ -158,6 +158,26 @@ def test_lift_renews_its_choice_and_keeps_what_was_trained(home: Path) -> None:
     assert more > now  # some entries were trained under an earlier mask and kept their values since
 
 
+def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before() -> None:
+    """From Python, too: factors must not depend on how far torch's own generator has got in this process."""
+    from surgery.tuning import tune
+
+    def adapter(drawn: int, seed: int) -> dict[str, torch.Tensor]:
+        net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+        with torch.no_grad():
+            for i, p in enumerate(net.parameters()):
+                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape) * (i + 1))
+        data = [(torch.tensor([i % 3, i % 5, i % 7, 1.0]), i % 2) for i in range(12)]
+        torch.rand(drawn)  # somebody else's
+        said = {"lora": {"r": 2, "target_modules": ["0", "1"]}}
+        made = tune(net, data, loss=torch.nn.functional.cross_entropy, method=said, steps=3, lr=0.1, seed=seed, device="cpu")
+        return {n: p.detach().clone() for n, p in made.model.named_parameters() if "lora_" in n}
+
+    first, second, other = adapter(1, 5), adapter(1000, 5), adapter(1, 6)
+    assert len(first) == 4 and all(torch.equal(v, second[n]) for n, v in first.items())
+    assert not all(torch.equal(v, other[n]) for n, v in first.items())
+
+
 def test_lift_budget_counts_as_lora_does(home: Path) -> None:
     assert entries_of((8, 12), density=0.05, budget=3) == 60
     assert entries_of((8, 12), density=0.05, budget=100) == 96

@@ -81,3 +81,19 @@ def test_a_stream_from_files_resumes_to_the_same_bytes(home: Path, tmp_path: Pat
         run(job(home, files, average="stock"), str(tmp_path / "s"))
     with pytest.raises(Refused, match=r"nowhere\.csv: there is no such file"):
         run(job(home, [files[0], "nowhere.csv"]), str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_history_has_a_line_for_every_pass_over_a_stage(batch: int) -> None:
+    """Also where a batch holds the end of one stage and the beginning of the next, or a stage as a whole."""
+    sizes, epochs = [6, 2, 5], 2
+    draw = torch.Generator().manual_seed(0)
+    data = [(torch.randn(4, generator=draw), i % 2) for i in range(sum(sizes))]
+    made = tune(torch.nn.Linear(4, 2), data, stages=sizes, epochs=epochs, batch=batch, lr=0.1, loss=F.cross_entropy, device="cpu",
+                validation=data[:4])  # fmt: skip
+    assert [(h["stage"], h["pass"]) for h in made.history] == [(s, p) for s in (1, 2, 3) for p in (1, 2)]
+    ends = np.cumsum([n for n in sizes for _ in range(epochs)])
+    assert [h["step"] for h in made.history] == [-(-int(e) // batch) for e in ends]
+    assert all(np.isfinite(h["loss"]) for h in made.history) and "validation_loss" in made.history[-1]
+    plain = tune(torch.nn.Linear(4, 2), data, epochs=2, batch=batch, lr=0.1, loss=F.cross_entropy, device="cpu")
+    assert len(plain.history) == 2 and all("stage" not in h for h in plain.history)
