@@ -21,8 +21,8 @@ from surgery.delta.rebuild import stored_tensors
 
 TITLE = "PV-Tuning"
 SOURCE = (
-    "Malinovskii et al. 2024, PV-Tuning: beyond straight-through estimation for extreme LLM compression, arXiv 2405.14852. Every "
-    "matrix of the blocks as indices of 4 bits for two numbers; P trains words and scales of rows, V gives vectors other words."
+    "Malinovskii et al. 2024, PV-Tuning: beyond straight-through estimation for extreme LLM compression, arXiv 2405.14852. "
+    "Every matrix of the blocks as indices of 4 bits for two numbers; P trains words and scales, V gives vectors other words."
 )
 RIG = "characters"
 TOPIC, STEPS = "xml", (50, 100, 200)
