@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from evidence.claims import Claim, Figures, mean_curve
 from evidence.rounding import decoded, harm
-from surgery.delta.lossy.group import _CLIPS, best_scales, grouped
+from surgery.delta.lossy.group import CLIPS, best_scales, grouped
 from surgery.delta.lossy.inputs import Inputs
 
 TITLE = "Layer-wise calibration (AdaQuant)"
@@ -98,7 +98,7 @@ def learnt(
     scale, gram = float(np.sqrt(np.square(weight).mean())), inputs.gram / np.trace(inputs.gram)
     wide = torch.from_numpy(weight / scale).float()
     h = torch.from_numpy(gram).float()
-    first = best_scales(grouped(weight.astype(np.float64) / scale, group), bits, _CLIPS[bits])
+    first = best_scales(grouped(weight.astype(np.float64) / scale, group), bits, CLIPS[bits])
     steps = torch.from_numpy(first).float().repeat_interleave(group, dim=1)[:, : wide.shape[1]]
     moved, logs = wide.clone().requires_grad_(latent), torch.zeros(steps.shape[0], first.shape[1], requires_grad=True)
     sides = [torch.from_numpy(np.ascontiguousarray(m) / scale**0.5).float().requires_grad_() for m in low or ()]

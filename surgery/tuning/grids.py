@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from surgery.delta.lossy import hadamard, quantile
 from surgery.delta.lossy.common import rows_of
-from surgery.delta.lossy.group import _CLIPS as CLIPS
+from surgery.delta.lossy.group import CLIPS
 
 
 class Grid:

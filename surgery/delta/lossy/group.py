@@ -22,7 +22,7 @@ from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of
 from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.source import Source
 
-_CLIPS = {2: (1.0, 0.85, 0.7, 0.6, 0.5), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.92, 0.84), 8: (1.0,)}
+CLIPS = {2: (1.0, 0.85, 0.7, 0.6, 0.5), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.92, 0.84), 8: (1.0,)}
 GROUP = {"type": "integer", "minimum": 4, "maximum": 65536, "default": 64, "description": "elements that share a scale"}
 
 
@@ -86,7 +86,7 @@ class Group(Codec):
                 wide = source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
                 yield a, b, grouped(wide, group)
 
-        found = np.concatenate([best_scales(part, bits, _CLIPS[bits]).astype(np.float64) for _, _, part in parts()])
+        found = np.concatenate([best_scales(part, bits, CLIPS[bits]).astype(np.float64) for _, _, part in parts()])
         payload, exponent, rounded = scales.to_half(found.reshape(-1))
         del found
         rounded = rounded.reshape(rows, -1)
@@ -123,7 +123,7 @@ class Group(Codec):
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts = coded.facts
         bits, group, gain = facts["width"], facts["group"], float(facts["factor"])
-        if bits not in _CLIPS or type(group) is not int or group < 1 or not np.isfinite(gain):
+        if bits not in CLIPS or type(group) is not int or group < 1 or not np.isfinite(gain):
             raise ValueError(f"width {bits!r}, group {group!r}, factor {gain!r}")
         rows, length = rows_of(shape)
         count = -(-length // group)
