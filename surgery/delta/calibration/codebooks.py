@@ -1,9 +1,9 @@
 """Training codebooks, and which word stands for which vector, so that outputs match the fine-tuned model's.
 
 PV-Tuning (arXiv:2405.14852): what is continuous (words, scales of rows) is trained by gradients (P); some vectors get other
-words (V). Those are the vectors that a step of Adam would move furthest, at most 0.3 % at once; each gets the word nearest to
-where it would go. New words stay where the loss on a few fixed texts falls; else the next attempt is shorter. Attempts begin
-halfway: earlier, gradients do better alone, and what moves beneath them puts them off.
+words (V): the word nearest to where a step of Adam would lead, where the loss should fall most for it. New words stay if the
+loss on a few fixed texts does fall; else fewer vectors are moved at the next attempt. Attempts begin halfway: earlier, gradients
+do better alone, and what moves beneath them puts them off. The paper takes the largest steps, up to 1 % of vectors at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from surgery.delta.deltas import Deltas
 from surgery.delta.lossy import vq
 from surgery.delta.lossy.common import rows_of
 
-_EVERY, _SHARE = 2, 0.003  # steps from attempt to attempt; of the vectors that get other words at once
-_FROM = 0.5  # share of the steps after which attempts begin
-_DECAY, _FURTHER, _LESS = 0.95, 1.3, 0.6  # of second moments; factors of how far an attempt goes
+_EVERY, _FROM = 2, 0.5  # steps from attempt to attempt; share of all steps after which they begin
+_SHARE, _MOST, _MORE, _LESS = 0.001, 0.01, 1.5, 0.5  # of vectors that get other words at once: first, at most, how it goes on
+_FEW = 8  # that are not tried again where they did not help
+_FAR = 0.5  # how far a vector would go, in root mean squares of words, where its gradient is the same in every step
+_DECAYS = 0.9, 0.95  # of the moments of gradients
 _JUDGES = 16  # texts that judge an attempt
 
 
@@ -38,7 +40,9 @@ class _Matrix:
     index: Any
     scales: Any
     length: int
-    moment: Any = None
+    barred: Any  # (rows, vectors): where other words did not help
+    mean: Any = None  # of gradients
+    square: Any = None  # of their squares
 
     def delta(self) -> Any:
         total = sum(self.words[b][self.index[:, :, b]] for b in range(len(self.words)))
@@ -71,6 +75,7 @@ def tune_codebooks(
         all_of[n] = _Matrix(
             torch.from_numpy(deltas.base(n)), words, torch.zeros(len(given.scales), requires_grad=True),
             torch.from_numpy(given.index), torch.from_numpy(given.scales.astype(np.float32)), rows_of(deltas.shape(n))[1],
+            torch.zeros(given.index.shape[:2], dtype=torch.bool),
         )  # fmt: skip
     seen: dict[str, list[Any]] = {n: [] for n in names}
 
@@ -92,7 +97,7 @@ def tune_codebooks(
             held.clear()
         moves.follow(gradients)
         if move and done % _EVERY == 0 and done > _FROM * steps:
-            moves.attempt(gradients)
+            moves.attempt()
 
     rates = {one.words: rate * max(float(one.words.detach().square().mean().sqrt()), 1e-8) for one in all_of.values()}
     rates |= {one.logs: rate for one in all_of.values()}
@@ -108,57 +113,68 @@ def tune_codebooks(
 
 
 class _Moves:
-    """V-steps. far: how far a vector goes at once, in units of the root mean square of words."""
+    """V-steps. share: of all vectors, that get other words at once."""
 
     def __init__(self, teacher: Teacher, matrices: list[_Matrix], judges: Sequence[Any], weights: Callable[[], Any]) -> None:
         self._teacher, self._matrices, self._judges, self._weights = teacher, matrices, judges, weights
-        self._far, self.taken, self.tried = 0.5, 0, 0
+        self._share, self.taken, self.tried = _SHARE, 0, 0
 
     def follow(self, gradients: Sequence[Any]) -> None:
-        """Second moments of the gradients of deltas."""
+        """Moments of the gradients of deltas."""
         for one, gradient in zip(self._matrices, gradients, strict=True):
             square = gradient.square()
-            one.moment = square if one.moment is None else one.moment.lerp(square, 1.0 - _DECAY)
+            one.mean = gradient if one.mean is None else one.mean.lerp(gradient, 1.0 - _DECAYS[0])
+            one.square = square if one.square is None else one.square.lerp(square, 1.0 - _DECAYS[1])
 
-    def attempt(self, gradients: Sequence[Any]) -> None:
+    def attempt(self) -> None:
         import torch
 
         with torch.no_grad():
             before = [one.index.clone() for one in self._matrices]
-            proposed = [self._proposed(one, g) for one, g in zip(self._matrices, gradients, strict=True)]
-            lengths = torch.cat([length for _, _, length in proposed])
-            live = int((lengths > 0).sum())
+            proposed = [self._proposed(one) for one in self._matrices]
+            gains = torch.cat([gain for _, gain in proposed])
+            live = int((gains > 0).sum())
             if live == 0:
                 return
-            least = torch.topk(lengths, max(1, min(live, round(_SHARE * len(lengths))))).values[-1]
+            least = torch.topk(gains, max(1, min(live, round(self._share * len(gains))))).values[-1]
             loss = self._loss()
-            for one, (index, _, length) in zip(self._matrices, proposed, strict=True):
-                chosen = ((length >= least) & (length > 0)).reshape(one.index.shape[:2])
-                one.index[chosen] = index[chosen]
+            chosen = [(g >= least).reshape(one.index.shape[:2]) for one, (_, g) in zip(self._matrices, proposed, strict=True)]
+            for one, (index, _), here in zip(self._matrices, proposed, chosen, strict=True):
+                one.index[here] = index[here]
             self.tried += 1
             if self._loss() < loss:
                 self.taken += 1
-                self._far = min(self._far * _FURTHER, 4.0)
+                self._share = min(self._share * _MORE, _MOST)
                 return
-            for one, index in zip(self._matrices, before, strict=True):
+            few = sum(int(here.sum()) for here in chosen) <= _FEW
+            for one, index, here in zip(self._matrices, before, chosen, strict=True):
                 one.index.copy_(index)
-            self._far *= _LESS
+                if few:
+                    one.barred |= here
+            self._share *= _LESS
 
-    def _proposed(self, one: _Matrix, gradient: Any) -> tuple[Any, Any, Any]:
-        """(indices, where vectors would go, how far: 0 where the word stays)."""
+    def _proposed(self, one: _Matrix) -> tuple[Any, Any]:
+        """(indices, by how much the loss would fall, of every vector): 0 where the word stays. Of a parabola that is lowest
+        where a step of Adam would lead."""
         import torch
 
         rows, count, _ = one.index.shape
         dims = one.words.shape[2]
+
+        def vectors(flat: Any) -> Any:
+            padded = torch.zeros(rows, count * dims)
+            padded[:, : one.length] = flat
+            return padded.reshape(rows, count, dims)
+
         now = sum(one.words[b][one.index[:, :, b]] for b in range(len(one.words)))
-        pace = self._far * one.words.square().mean().sqrt() * gradient / (one.moment.sqrt() + 1e-30)
-        padded = torch.zeros(rows, count * dims)
-        padded[:, : one.length] = pace
-        move = padded.reshape(rows, count, dims)
-        wanted = (now - move).reshape(-1, dims).double().numpy()
+        pace = _FAR * one.words.square().mean().sqrt() * one.mean / (one.square.sqrt() + 1e-30)
+        wanted = (now - vectors(pace)).reshape(-1, dims).double().numpy()
         index = torch.from_numpy(vq.indices(wanted, one.words.double().numpy())).reshape(one.index.shape)
-        stays = (index == one.index).all(dim=2)
-        return index, wanted, torch.where(stays, torch.zeros(()), move.norm(dim=2)).reshape(-1)
+        then = sum(one.words[b][index[:, :, b]] for b in range(len(one.words)))
+        by, reach = (one.scales * one.logs.exp())[:, None, None], _FAR * one.words.square().mean().sqrt()
+        move = now - then
+        gain = by * (move * vectors(one.mean) - 0.5 * move.square() * vectors(one.square.sqrt()) / reach)
+        return index, torch.where(one.barred, 0.0, gain.sum(dim=2)).reshape(-1).clamp_min(0.0)
 
     def _loss(self) -> float:
         made = self._weights()
