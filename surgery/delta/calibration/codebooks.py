@@ -2,8 +2,8 @@
 
 PV-Tuning (arXiv:2405.14852): what is continuous (words, scales of rows) is trained by gradients (P); some vectors get other
 words (V): the word nearest to where a step of Adam would lead, where the loss should fall most for it. New words stay if the
-loss on a few fixed texts does fall; else fewer vectors are moved at the next attempt. Attempts begin halfway: earlier, gradients
-do better alone, and what moves beneath them puts them off. The paper takes the largest steps, up to 1 % of vectors at once.
+loss on a few fixed texts does fall; else fewer vectors are moved at the next attempt. Attempts begin halfway: gradients do
+better alone before, and what moves beneath them puts them off. The paper takes the largest steps, up to 1 % of vectors at once.
 """
 
 from __future__ import annotations
