@@ -45,7 +45,9 @@ class _Matrix:
     square: Any = None  # of their squares
 
     def delta(self) -> Any:
-        total = sum(self.words[b][self.index[:, :, b]] for b in range(len(self.words)))
+        from torch.nn.functional import embedding
+
+        total: Any = sum(embedding(self.index[:, :, b], self.words[b]) for b in range(len(self.words)))
         return total.reshape(len(total), -1)[:, : self.length] * (self.scales * self.logs.exp())[:, None]
 
 
@@ -77,31 +79,36 @@ def tune_codebooks(
             torch.from_numpy(given.index), torch.from_numpy(given.scales.astype(np.float32)), rows_of(deltas.shape(n))[1],
             torch.zeros(given.index.shape[:2], dtype=torch.bool),
         )  # fmt: skip
-    seen: dict[str, list[Any]] = {n: [] for n in names}
+    built: dict[str, Any] = {}  # deltas with their graphs, and
+    leaves: dict[str, Any] = {}  # the same without: gradients of all texts of a step meet there, and go on from there at once
 
     def weights() -> dict[str, Any]:
-        made = {}
-        for n, one in all_of.items():
-            delta = one.delta()
-            if delta.requires_grad and torch.is_grad_enabled():
-                delta.retain_grad()
-                seen[n].append(delta)
-            made[teacher.paths[n]] = one.base + delta.reshape(one.base.shape)
-        return made
+        deltas_now = leaves
+        if not torch.is_grad_enabled():
+            deltas_now = {n: one.delta() for n, one in all_of.items()}
+        elif not leaves:
+            built.update({n: one.delta() for n, one in all_of.items()})
+            leaves.update({n: delta.detach().requires_grad_() for n, delta in built.items()})
+        return {teacher.paths[n]: one.base + deltas_now[n].reshape(one.base.shape) for n, one in all_of.items()}
 
     moves = _Moves(teacher, list(all_of.values()), texts.fit[:_JUDGES], weights)
 
+    def before() -> None:
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+        torch.autograd.backward(list(built.values()), gradients)
+        if move:
+            moves.follow(gradients)
+        built.clear()
+        leaves.clear()
+
     def after(done: int) -> None:
-        gradients = [sum(d.grad for d in seen[n]) for n in names]
-        for held in seen.values():
-            held.clear()
-        moves.follow(gradients)
         if move and done % _EVERY == 0 and done > _FROM * steps:
             moves.attempt()
 
     rates = {one.words: rate * max(float(one.words.detach().square().mean().sqrt()), 1e-8) for one in all_of.values()}
     rates |= {one.logs: rate for one in all_of.values()}
-    train(teacher, texts, rates, weights, steps=steps, step=step, also=[one.index for one in all_of.values()], after=after)
+    also = [one.index for one in all_of.values()]
+    train(teacher, texts, rates, weights, steps=steps, step=step, also=also, before=before, after=after)
     for n, one in all_of.items():
         codec = fitted.codes[n][0]
         books = vq.Books.rounded(one.words.detach().double().numpy())

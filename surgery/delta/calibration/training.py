@@ -55,11 +55,13 @@ def train(
     steps: int,
     step: Step,
     also: Sequence[Any] = (),
+    before: Callable[[], None] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
     """AdamW on `parameters`, each with its rate; leaves in them the values that did best on the kept-back texts.
 
-    also: tensors that `after` may change in place, after each update (from 1); their values go with the best ones as well.
+    before: called when the texts of a step have had their backward passes, before the update. also: tensors that `after` may
+    change in place, after each update (from 1); their values go with the best ones as well.
     """
     import torch
 
@@ -78,6 +80,8 @@ def train(
         optimiser.zero_grad()
         for _ in range(_BATCH):
             (teacher.loss(order.choice(texts.fit), weights()) / _BATCH).backward()
+        if before is not None:
+            before()
         optimiser.step()
         schedule.step()
         if after is not None:
