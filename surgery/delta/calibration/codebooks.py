@@ -24,6 +24,7 @@ from surgery.delta.lossy.common import rows_of
 
 _EVERY, _FROM = 2, 0.5  # steps from attempt to attempt; share of all steps after which they begin
 _SHARE, _MOST, _MORE, _LESS = 0.001, 0.01, 1.5, 0.5  # of vectors that get other words at once: first, at most, how it goes on
+_LOOKED_AT = 0.04  # share of a matrix's vectors (1000 at least) that new words are sought for: the steepest
 _FEW = 8  # that are not tried again where they did not help
 _FAR = 0.5  # how far a vector would go, in root mean squares of words, where its gradient is the same in every step
 _DECAYS = 0.9, 0.95  # of the moments of gradients
@@ -173,15 +174,22 @@ class _Moves:
             padded[:, : one.length] = flat
             return padded.reshape(rows, count, dims)
 
-        now = sum(one.words[b][one.index[:, :, b]] for b in range(len(one.words)))
-        pace = _FAR * one.words.square().mean().sqrt() * one.mean / (one.square.sqrt() + 1e-30)
-        wanted = (now - vectors(pace)).reshape(-1, dims).double().numpy()
-        index = torch.from_numpy(vq.indices(wanted, one.words.double().numpy())).reshape(one.index.shape)
-        then = sum(one.words[b][index[:, :, b]] for b in range(len(one.words)))
-        by, reach = (one.scales * one.logs.exp())[:, None, None], _FAR * one.words.square().mean().sqrt()
-        move = now - then
-        gain = by * (move * vectors(one.mean) - 0.5 * move.square() * vectors(one.square.sqrt()) / reach)
-        return index, torch.where(one.barred, 0.0, gain.sum(dim=2)).reshape(-1).clamp_min(0.0)
+        by, reach = one.scales * one.logs.exp(), _FAR * one.words.square().mean().sqrt()
+        slope, bend = (vectors(m) * by[:, None, None] for m in (one.mean, one.square.sqrt()))
+        pace = reach * slope / (bend + 1e-30)
+        hope = torch.where(one.barred, 0.0, (pace * slope).sum(dim=2)).reshape(-1)
+        some = torch.topk(hope, min(len(hope), max(1000, round(_LOOKED_AT * len(hope))))).indices
+        before = one.index.reshape(len(hope), -1)
+        now = sum(one.words[b][before[some, b]] for b in range(len(one.words)))
+        wanted = (now - pace.reshape(-1, dims)[some]).double().numpy()
+        index = before.clone()
+        index[some] = torch.from_numpy(vq.indices(wanted, one.words.double().numpy()))
+        move = now - sum(one.words[b][index[some, b]] for b in range(len(one.words)))
+        slope, bend = (m.reshape(-1, dims)[some] for m in (slope, bend))
+        gain = torch.zeros(len(hope))
+        gain[some] = (move * slope - 0.5 * move.square() * bend / reach).sum(dim=1).clamp_min(0.0)
+        gain[one.barred.reshape(-1)] = 0.0
+        return index.reshape(one.index.shape), gain
 
     def _loss(self) -> float:
         made = self._weights()
