@@ -62,6 +62,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("hadamard", {"bits": 2}),
     ("hadamard", {"bits": 3}),
     ("hadamard", {"bits": 4}),
+    ("hadamard", {"bits": 2, "signs": False}),
+    ("hadamard", {"bits": 4, "signs": False}),
     ("two_level", {"bits": 4}),
     ("columns", {"count": 8, "quantiser": {"codec": "group", "bits": 2}}),
     ("vq", {"dims": 8}),

@@ -77,7 +77,7 @@ def measure(rig: Digits) -> Figures:
             made[f"plain{bits}"] = float(np.mean([error(m, "group", bits) for m in matrices]))
     made["base"] = rig.mean(rig.base)
     for bits in (2, 3):
-        for name, codec, options in (("plain", "group", {"group": 128}), ("had", "hadamard", {})):
+        for name, codec, options in (("plain", "group", {"group": 128}), ("had", "hadamard", {"signs": False})):
             model = rounded(rig, codec, {"bits": bits, "scale": "l2", **options}, f"{codec}{bits}")
             made[f"acc_{name}{bits}"] = rig.mean(model, DOMAINS)
     made["curves"] = [[made[f"plain{b}"] for b in (2, 3, 4)], [made[f"had{b}"] for b in BITS]]
@@ -86,7 +86,7 @@ def measure(rig: Digits) -> Figures:
 
 def error(matrix: Any, codec: str, bits: int) -> float:
     """Relative error of a matrix coded whole, one scale a row."""
-    more = {"group": matrix.shape[1]} if codec == "group" else {}
+    more: dict[str, Any] = {"group": matrix.shape[1]} if codec == "group" else {"signs": False}
     coded = lossy_codec(codec).encode(matrix.astype(np.float32), key="w", bits=bits, scale="l2", **more)
     return float(coded.facts["error"]["rel_fro"])
 

@@ -95,7 +95,7 @@ def after(rig: Digits, name: str, model: surgery.Checkpoint, bits: int) -> surge
         tensors = {n: model[n].compute() for n in model}
         for n, value in tensors.items():
             if n.startswith("blocks.") and value.ndim == 2:
-                tensors[n] = torch.from_numpy(decoded("hadamard", value.numpy(), None, bits=bits, scale="l2"))
+                tensors[n] = torch.from_numpy(decoded("hadamard", value.numpy(), None, bits=bits, scale="l2", signs=False))
         write_tensors(tensors, {k: v for k, v in (model.config or {}).items() if k != "model_type"}, folder)
 
     return rig._at(f"{name}-after{bits}", make, model.node.token, bits)

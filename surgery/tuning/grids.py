@@ -135,10 +135,13 @@ class HadamardGrid(_Uniform):
 
     def arrange(self, x: Any) -> Any:
         rows, length = rows_of(tuple(x.shape))
-        return _turned(x.double().reshape(rows, length))
+        return _turned(x.double().reshape(rows, length) * self._signs(length, x.device))
 
     def back(self, y: Any, shape: Any) -> Any:
-        return _turned(y).reshape(shape)
+        return (_turned(y) * self._signs(y.shape[1], y.device)).reshape(shape)
+
+    def _signs(self, length: int, device: Any) -> Any:
+        return torch.tensor(hadamard.signs(length, self.options["signs"]), device=device)
 
     def steps(self, y: Any) -> tuple[Any, Any]:
         spread = y.square().mean(-1, keepdim=True).sqrt()  # a turn keeps lengths

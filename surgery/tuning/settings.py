@@ -132,8 +132,8 @@ def _through(given: dict[str, Any], place: Place) -> dict[str, Any]:
 
     codec = lossy_codec(given["codec"])
     own = {k: v for k, v in given.items() if k in ("bits", "group", "scale", "criterion")}
-    if "scale" in codec.options:
-        own = {"scale": "l2", **own}
+    usual = {"scale": "l2", "signs": False}  # as published
+    own = {**{k: v for k, v in usual.items() if k in codec.options}, **own}
     try:
         own = check_options(codec, own)
     except Refused as problem:

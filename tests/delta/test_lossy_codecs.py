@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("hadamard", {}),
     ("hadamard", {"bits": 1, "scale": "l2"}),
     ("hadamard", {"bits": 7}),
+    ("hadamard", {"bits": 3, "signs": False}),
     ("columns", {"count": 3}),
     ("columns", {"share": 0.1, "quantiser": {"codec": "round", "bits": 1.0}}),
     ("two_level", {}),

@@ -54,7 +54,8 @@ def data(count: int = 24) -> list[tuple[torch.Tensor, int]]:
 def through_codec(value: Any, codec: str, **options: Any) -> torch.Tensor:
     """A matrix as the lossy codec gives it back."""
     given, found = np.ascontiguousarray(value.detach().numpy(), np.float32), lossy_codec(codec)
-    coded = found.encode(given, key="w", **check_options(found, options))
+    own = {"signs": False} if codec == "hadamard" else {}
+    coded = found.encode(given, key="w", **check_options(found, {**options, **own}))
     return torch.from_numpy(found.decode(coded, given.shape, "w", 0, given.size).reshape(given.shape))
 
 
@@ -326,5 +327,5 @@ def test_models_that_it_does_not_fit(home: Path, tmp_path: Path) -> None:
         run(job(home, "bert", distil=True), str(tmp_path / "o"))
     assert not list(tmp_path.iterdir())
     assert read_settings({"through": {"codec": "hadamard"}}, place).through == {
-        "codec": "hadamard", "bits": 4, "of": "weights", "learned": False, "scale": "l2", "trust": True,
+        "codec": "hadamard", "bits": 4, "of": "weights", "learned": False, "scale": "l2", "signs": False, "trust": True,
     }  # fmt: skip

@@ -4,6 +4,9 @@
     q = floor(y / t) + 2^(b-1), clipped        t = 2 c_b RMS(row) / (2^b - 1)
     x' = (2 q - (2^b - 1)) (t / 2) H / sqrt(n)
 
+Every column is first multiplied by +1 or -1, drawn at random (QuIP#, arXiv:2402.04396): what neighbouring columns share would
+all meet in one element of their block, beyond the grid's reach. `signs: false` leaves that out, as QuEST does.
+
 A turn spreads outliers over their block and makes elements of a row about normal; the grid is the one of least squared error
 for normal numbers. A row whose length is no multiple of 128 ends in blocks of 64, 32, ... down to 1. Rows' t are float16 with a
 common power of two, times the gain correction of the whole tensor. With the Gram matrix of a layer's inputs codes are rounded
@@ -27,6 +30,7 @@ from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of
 from surgery.delta.lossy.group import odd, quantise
 from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.source import Source
+from surgery.ops.random import bits32
 
 LARGEST = 128  # of a block
 
@@ -95,6 +99,16 @@ def shrink(length: int) -> Array:
     return made
 
 
+@cache
+def signs(length: int, drawn: bool) -> Array:
+    """Of columns: +1 or -1, the same for all tensors of that many; or all +1."""
+    made = np.ones(length)
+    if drawn:
+        made -= 2.0 * (bits32(0, "hadamard", 0, length) & 1)
+    made.flags.writeable = False
+    return made
+
+
 def block_of(length: int, at: int) -> tuple[int, int]:
     """(first column, size) of the block that column `at` of a row is in."""
     first = 0
@@ -115,12 +129,14 @@ class Hadamard(Codec):
         {
             "bits": {"enum": [1, 2, 3, 4, 5, 6, 7, 8], "default": 4, "description": "bits per element, scales not counted"},
             "scale": scales.SCALE,
+            "signs": {"type": "boolean", "default": True, "description": "random signs before the turn; QuEST has none"},
         }
     )
 
     def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         bits, source = options["bits"], as_source(x)
         rows, length = rows_of(source.shape)
+        sign = signs(length, options["signs"])
 
         def parts() -> Iterator[tuple[int, int, Array]]:
             """(first row, last, these rows in float64), a block of rows at a time."""
@@ -131,15 +147,15 @@ class Hadamard(Codec):
 
         power = np.concatenate([np.square(part).mean(axis=1) for _, _, part in parts()])
         payload, exponent, steps = scales.to_half(2.0 * reach(bits) / (2**bits - 1) * np.sqrt(power))
-        facts = {"width": bits, "exponent": exponent}
+        facts = {"width": bits, "exponent": exponent, **({"signs": True} if options["signs"] else {})}
         if inputs is not None:
-            q = _fed_back(source.array(), steps, bits, inputs)
+            q = _fed_back(source.array(), steps, bits, inputs, sign)
             return {"codes": packing.pack(q, bits), "scales": payload}, {**facts, "factor": 1.0}
         sums = np.zeros(3)
 
         def coded() -> Iterator[Array]:
             for a, b, part in parts():
-                y = turned(part) * shrink(length)
+                y = turned(part * sign) * shrink(length)
                 q = quantise(y, steps[a:b], bits)
                 made = odd(q, bits) * (steps[a:b, None] / 2)
                 sums[0] += np.square(part).sum()  # a turn keeps lengths
@@ -164,22 +180,22 @@ class Hadamard(Codec):
             a, b = block_of(length, start - top * length)[0], sum(block_of(length, stop - 1 - top * length))
         q = packing.unpack(coded.parts["codes"], bits, rows * length, top * length + a, last * length + b)
         whole = turned(odd(q.reshape(last + 1 - top, b - a), bits), first=a, length=length)
-        whole *= steps[:, None] * shrink(length)[a:b]
+        whole *= steps[:, None] * (shrink(length) * signs(length, facts.get("signs") is True))[a:b]
         skip = start - top * length - a
         return whole.reshape(-1)[skip : skip + stop - start].astype(np.float32)
 
 
-def _fed_back(delta: Array, steps: Array, bits: int, inputs: Inputs) -> Array:
+def _fed_back(delta: Array, steps: Array, bits: int, inputs: Inputs, sign: Array) -> Array:
     """Codes with feedback. Where elements of a row are inputs, H is turned with them; where they are outputs, it stays."""
     length = delta.shape[1]
     seen = inputs
     if inputs.axis == 1:
-        once = turned(inputs.gram) * shrink(length)
-        seen = Inputs(turned(np.ascontiguousarray(once.T)) * shrink(length), damp=inputs.damp)
+        once = turned(inputs.gram * sign) * shrink(length)
+        seen = Inputs(turned(np.ascontiguousarray(once.T) * sign) * shrink(length), damp=inputs.damp)
 
     def nearest(rest: Array, j: int) -> Array:
         by = steps if inputs.axis == 1 else np.full(length, steps[j])
         return odd(quantise(rest[0][:, None], by, bits)[:, 0], bits) * by / 2
 
-    made = feed_back(seen.turned(turned(delta) * shrink(length)), seen, nearest)
+    made = feed_back(seen.turned(turned(delta * sign) * shrink(length)), seen, nearest)
     return quantise(np.ascontiguousarray(seen.turned(made)), steps, bits)
