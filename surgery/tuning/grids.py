@@ -11,6 +11,7 @@ arXiv 1902.08153): level - u between the outermost levels, the level beyond.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from surgery.delta.lossy.common import rows_of
 from surgery.delta.lossy.group import CLIPS
 
 
-class Grid:
+class Grid(ABC):
     """Of one codec with its options. Subclasses say how a tensor is arranged, its steps and its levels."""
 
     name: ClassVar[str] = ""
@@ -37,21 +38,21 @@ class Grid:
         if cls.name:
             Grid.KINDS[cls.name] = cls
 
+    @abstractmethod
     def arrange(self, x: Any) -> Any:
         """x: any shape. Differentiable; float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, y: Any, shape: Any) -> Any:
         """Undoes `arrange`. Differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def steps(self, y: Any) -> tuple[Any, Any]:
         """(shift, step), which go with y; a step may be 0 where y is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def level(self, u: Any) -> Any:
         """The nearest level, in steps."""
-        raise NotImplementedError
 
     def factor(self, x: Any, made: Any) -> float:
         """The gain correction or least-squares factor of a whole tensor; made: what it is rounded to without."""

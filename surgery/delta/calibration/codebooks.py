@@ -114,7 +114,7 @@ def tune_codebooks(
         codec = fitted.codes[n][0]
         books = vq.Books.rounded(one.words.detach().double().numpy())
         scales = (one.scales * one.logs.detach().exp()).double().numpy()
-        parts, facts = vq.parts_of(vq.Vectors(books, one.index.numpy(), scales), deltas.shape(n), 1.0)
+        parts, facts = vq.parts_of(vq.Vectors(books, one.index.numpy(), scales), 1.0)
         fitted.codes[n] = codec, measured(codec, Coded(parts, facts), deltas.delta(n), n)
         tuned.hold(n, deltas.rebuilt(n, *fitted.codes[n]))
     return len(names)
@@ -125,7 +125,7 @@ class _Moves:
 
     def __init__(self, teacher: Teacher, matrices: list[_Matrix], judges: Sequence[Any], weights: Callable[[], Any]) -> None:
         self._teacher, self._matrices, self._judges, self._weights = teacher, matrices, judges, weights
-        self._share, self.taken, self.tried = _SHARE, 0, 0
+        self._share = _SHARE
 
     def follow(self, gradients: Sequence[Any]) -> None:
         """Moments of the gradients of deltas."""
@@ -149,9 +149,7 @@ class _Moves:
             chosen = [(g >= least).reshape(one.index.shape[:2]) for one, (_, g) in zip(self._matrices, proposed, strict=True)]
             for one, (index, _), here in zip(self._matrices, proposed, chosen, strict=True):
                 one.index[here] = index[here]
-            self.tried += 1
             if self._loss() < loss:
-                self.taken += 1
                 self._share = min(self._share * _MORE, _MOST)
                 return
             few = sum(int(here.sum()) for here in chosen) <= _FEW

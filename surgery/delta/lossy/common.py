@@ -13,7 +13,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from surgery.delta.codecs.base import Coded, check_options
-from surgery.delta.lossy.source import Source
+from surgery.delta.lossy.source import BLOCK, Source
 from surgery.errors import Refused
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
         step = length * (CHUNK // length)
         return [(a, min(a + step, total)) for a in range(0, total, step)]
     return [(a, min(a + CHUNK, r + length)) for r in range(0, total, length) for a in range(r, r + length, CHUNK)]
+
+
+def row_blocks(source: Source) -> Iterator[tuple[int, int, Array]]:
+    """(first row, last, these rows in float64), about `BLOCK` elements at a time."""
+    rows, length = rows_of(source.shape)
+    step = max(1, BLOCK // length)
+    for a in range(0, rows, step):
+        b = min(a + step, rows)
+        yield a, b, source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
 
 
 def overlapping(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
-from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of
+from surgery.delta.lossy.common import Array, Codec, Parts, as_source, row_blocks, rows_of
 from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.source import Source
 
@@ -78,15 +78,7 @@ class Group(Codec):
         bits, group, source = options["bits"], options["group"], as_source(x)
         rows, length = rows_of(source.shape)
 
-        def parts() -> Iterator[tuple[int, int, Array]]:
-            """(first row, last, groups in float64), a block of rows at a time."""
-            step = max(1, (1 << 18) // length)
-            for a in range(0, rows, step):
-                b = min(a + step, rows)
-                wide = source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
-                yield a, b, grouped(wide, group)
-
-        found = np.concatenate([best_scales(part, bits, CLIPS[bits]).astype(np.float64) for _, _, part in parts()])
+        found = np.concatenate([best_scales(grouped(part, group), bits, CLIPS[bits]) for _, _, part in row_blocks(source)])
         payload, exponent, rounded = scales.to_half(found.reshape(-1))
         del found
         rounded = rounded.reshape(rows, -1)
@@ -95,20 +87,17 @@ class Group(Codec):
             steps = np.repeat(rounded, group, axis=1)[:, :length]
             codes = self._fed_back(source.array(), steps, bits, inputs)
             return {"codes": packing.pack(codes, bits), "scales": payload}, {**facts, "factor": 1.0}
-        sums = np.zeros(3)
+        sums = scales.Sums()
 
         def coded() -> Iterator[Array]:
-            for a, b, part in parts():
-                q = quantise(part, rounded[a:b], bits)
+            for a, b, part in row_blocks(source):
+                q = quantise(grouped(part, group), rounded[a:b], bits)
                 made = odd(q, bits) * (rounded[a:b][..., None] / 2)
-                sums[0] += np.square(part).sum()
-                sums[1] += (part * made).sum()
-                sums[2] += np.square(made.reshape(len(part), -1)[:, :length]).sum()
+                sums.add(part, made.reshape(len(part), -1)[:, :length])
                 yield q.reshape(len(part), -1)[:, :length]
 
         packed = packing.gather(coded(), bits)
-        gain = float(np.float32(scales.factor(options["scale"], *(np.array(s) for s in sums))))
-        return {"codes": packed, "scales": payload}, {**facts, "factor": gain}
+        return {"codes": packed, "scales": payload}, {**facts, "factor": sums.factor(options["scale"])}
 
     def _fed_back(self, matrix: Array, steps: Array, bits: int, inputs: Inputs) -> Array:
         """Codes with feedback. steps: of every element."""

@@ -1,11 +1,11 @@
 """Integers on a Gaussian grid after a Hadamard turn of the inputs: the weights' side of QuEST (arXiv:2502.05003).
 
-    y = x H / sqrt(n)                          along a row, in blocks of n = 2^k <= 128 elements
+    y = (x u) H / sqrt(n)                      u: +1 or -1 for every column; along a row, in blocks of n = 2^k <= 128 elements
     q = floor(y / t) + 2^(b-1), clipped        t = 2 c_b RMS(row) / (2^b - 1)
-    x' = (2 q - (2^b - 1)) (t / 2) H / sqrt(n)
+    x' = u (2 q - (2^b - 1)) (t / 2) H / sqrt(n)
 
-Every column is first multiplied by +1 or -1, drawn at random (QuIP#, arXiv:2402.04396): what neighbouring columns share would
-all meet in one element of their block, beyond the grid's reach. `signs: false` leaves that out, as QuEST does.
+u is drawn at random (QuIP#, arXiv:2402.04396): what neighbouring columns share would all meet in one element of their block
+else, beyond the grid's reach. `signs: false` leaves it out, as QuEST does.
 
 A turn spreads outliers over their block and makes elements of a row about normal; the grid is the one of least squared error
 for normal numbers. A row whose length is no multiple of 128 ends in blocks of 64, 32, ... down to 1. Rows' t are float16 with a
@@ -26,7 +26,7 @@ import numpy as np
 
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
-from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of
+from surgery.delta.lossy.common import Array, Codec, Parts, as_source, row_blocks, rows_of
 from surgery.delta.lossy.group import odd, quantise
 from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.source import Source
@@ -37,8 +37,7 @@ LARGEST = 128  # of a block
 
 @cache
 def reach(bits: int) -> float:
-    """c_b: the outermost of 2^b evenly spaced levels with least squared error for a standard normal number, over its
-    deviation (QuEST, section 3: `the MSE-optimal scale`)."""
+    """c_b: the outermost of 2^b evenly spaced levels with least squared error for a standard normal number."""
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(lambda c: gaussian_error(c, bits), bounds=(0.3, 6.0), method="bounded", options={"xatol": 1e-10})
@@ -135,37 +134,26 @@ class Hadamard(Codec):
 
     def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         bits, source = options["bits"], as_source(x)
-        rows, length = rows_of(source.shape)
+        length = rows_of(source.shape)[1]
         sign = signs(length, options["signs"])
 
-        def parts() -> Iterator[tuple[int, int, Array]]:
-            """(first row, last, these rows in float64), a block of rows at a time."""
-            step = max(1, (1 << 18) // length)
-            for a in range(0, rows, step):
-                b = min(a + step, rows)
-                yield a, b, source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
-
-        power = np.concatenate([np.square(part).mean(axis=1) for _, _, part in parts()])
+        power = np.concatenate([np.square(part).mean(axis=1) for _, _, part in row_blocks(source)])
         payload, exponent, steps = scales.to_half(2.0 * reach(bits) / (2**bits - 1) * np.sqrt(power))
         facts = {"width": bits, "exponent": exponent, **({"signs": True} if options["signs"] else {})}
         if inputs is not None:
             q = _fed_back(source.array(), steps, bits, inputs, sign)
             return {"codes": packing.pack(q, bits), "scales": payload}, {**facts, "factor": 1.0}
-        sums = np.zeros(3)
+        sums = scales.Sums()
 
         def coded() -> Iterator[Array]:
-            for a, b, part in parts():
+            for a, b, part in row_blocks(source):
                 y = turned(part * sign) * shrink(length)
                 q = quantise(y, steps[a:b], bits)
-                made = odd(q, bits) * (steps[a:b, None] / 2)
-                sums[0] += np.square(part).sum()  # a turn keeps lengths
-                sums[1] += (y * made).sum()
-                sums[2] += np.square(made).sum()
+                sums.add(y, odd(q, bits) * (steps[a:b, None] / 2))  # a turn keeps inner products
                 yield q
 
         packed = packing.gather(coded(), bits)
-        gain = float(np.float32(scales.factor(options["scale"], *(np.array(s) for s in sums))))
-        return {"codes": packed, "scales": payload}, {**facts, "factor": gain}
+        return {"codes": packed, "scales": payload}, {**facts, "factor": sums.factor(options["scale"])}
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts = coded.facts

@@ -23,6 +23,22 @@ def factor(kind: str, dd: Array, dr: Array, rr: Array) -> Array:
     return np.minimum(made, np.finfo(np.float32).max)
 
 
+class Sums:
+    """D·D, D·R and R·R of a whole tensor, from its parts."""
+
+    def __init__(self) -> None:
+        self.dd = self.dr = self.rr = 0.0
+
+    def add(self, delta: Array, made: Array) -> None:
+        self.dd += float(np.square(delta).sum())
+        self.dr += float((delta * made).sum())
+        self.rr += float(np.square(made).sum())
+
+    def factor(self, kind: str) -> float:
+        """See `factor`; rounded to float32."""
+        return float(np.float32(factor(kind, *(np.array(s) for s in (self.dd, self.dr, self.rr)))))
+
+
 def to_half(scales: Array) -> tuple[bytes, int, Array]:
     """float16 values with a common power of two, so that the largest is near 2**14: (bytes, exponent, the rounded scales)."""
     largest = float(scales.max(initial=0.0))

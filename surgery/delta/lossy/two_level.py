@@ -20,7 +20,7 @@ import numpy as np
 
 from surgery.delta.codecs.base import Coded, lossy
 from surgery.delta.lossy import packing, scales
-from surgery.delta.lossy.common import Array, Codec, Parts, as_source, rows_of, sliced_part
+from surgery.delta.lossy.common import Array, Codec, Parts, as_source, row_blocks, rows_of, sliced_part
 from surgery.delta.lossy.group import GROUP, group_of, grouped
 from surgery.delta.lossy.inputs import Inputs, feed_back
 from surgery.delta.lossy.source import Source
@@ -87,19 +87,12 @@ class TwoLevel(Codec):
 
     def pack(self, x: Source | Array, key: str, inputs: Inputs | None = None, **options: Any) -> Parts:
         bits, group, source = options["bits"], options["group"], as_source(x)
-        rows, length = rows_of(source.shape)
+        length = rows_of(source.shape)[1]
 
-        def parts() -> Iterator[tuple[int, int, Array]]:
-            """(first row, last, these rows in float64), a block of rows at a time."""
-            step = max(1, (1 << 18) // length)
-            for a in range(0, rows, step):
-                b = min(a + step, rows)
-                yield a, b, source.read(a * length, b * length).reshape(b - a, length).astype(np.float64)
-
-        top = np.concatenate([np.abs(part).max(axis=1) for _, _, part in parts()])
+        top = np.concatenate([np.abs(part).max(axis=1) for _, _, part in row_blocks(source)])
         payload, exponent, outer = scales.to_half(top / _RANGE)
         safe = np.where(outer > 0.0, outer, 1.0)
-        found = [best_grid(grouped(part / safe[a:b, None], group), bits) for a, b, part in parts()]
+        found = [best_grid(grouped(part / safe[a:b, None], group), bits) for a, b, part in row_blocks(source)]
         inner = Grid(*(np.concatenate(p) for p in zip(*found, strict=True)))
         del found
         stored = {
@@ -111,21 +104,17 @@ class TwoLevel(Codec):
         if inputs is not None:
             codes = _fed_back(source.array(), safe, inner.wide(group, length), inputs)
             return {"codes": packing.pack(codes, bits), **stored}, {**facts, "factor": 1.0}
-        sums = np.zeros(3)
+        sums = scales.Sums()
 
         def coded() -> Iterator[Array]:
-            for a, b, part in parts():
+            for a, b, part in row_blocks(source):
                 here = Grid(*(p[a:b] for p in inner)).wide(group, length)
                 q = here.codes(part / safe[a:b, None])
-                made = here.values(q) * outer[a:b, None]
-                sums[0] += np.square(part).sum()
-                sums[1] += (part * made).sum()
-                sums[2] += np.square(made).sum()
+                sums.add(part, here.values(q) * outer[a:b, None])
                 yield q
 
         packed = packing.gather(coded(), bits)
-        gain = float(np.float32(scales.factor(options["scale"], *(np.array(s) for s in sums))))
-        return {"codes": packed, **stored}, {**facts, "factor": gain}
+        return {"codes": packed, **stored}, {**facts, "factor": sums.factor(options["scale"])}
 
     def unpack(self, coded: Coded, shape: tuple[int, ...], key: str, start: int, stop: int) -> Array:
         facts, parts = coded.facts, coded.parts

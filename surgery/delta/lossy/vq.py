@@ -123,7 +123,7 @@ class Vectors:
         return total.reshape(len(self.index), -1)[:, :length] * self.scales[:, None]
 
 
-def parts_of(given: Vectors, shape: tuple[int, ...], factor: float) -> Parts:
+def parts_of(given: Vectors, factor: float) -> Parts:
     """Payloads and facts; scales are rounded to float16."""
     books = given.books
     width = max(1, int(np.ceil(np.log2(books.words.shape[1]))))
@@ -196,12 +196,12 @@ class VQ(Codec):
         values = books.values
         if inputs is not None:
             index = _fed_back(matrix, safe, values, inputs)
-            return parts_of(Vectors(books, index, deviation), x.shape, 1.0)
+            return parts_of(Vectors(books, index, deviation), 1.0)
         index = indices(vectors.reshape(-1, dims), values).reshape(*vectors.shape[:2], -1)
         coded = Vectors(books, index, deviation)
-        made = coded.made(matrix.shape[1])
-        sums = (np.array(s) for s in (np.square(matrix).sum(), (matrix * made).sum(), np.square(made).sum()))
-        return parts_of(coded, x.shape, float(np.float32(scales.factor(options["scale"], *sums))))
+        sums = scales.Sums()
+        sums.add(matrix, coded.made(matrix.shape[1]))
+        return parts_of(coded, sums.factor(options["scale"]))
 
     def room(self, shape: tuple[int, ...], **options: Any) -> int:
         return 48 * int(np.prod(shape)) + _AT_ONCE * 256 * 16
