@@ -16,6 +16,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -69,7 +70,19 @@ def stamp(name: str) -> str:
     import surgery
 
     rooms = [p for root in (Path(surgery.__file__).parent, HERE.parents[1] / "ops") for p in root.rglob("*.py")]
-    return digest([HERE / f"{name}.py", *sources(load(name).RIG), *rooms])
+    return digest([*scripts_of(name), *sources(load(name).RIG), *rooms])
+
+
+def scripts_of(name: str) -> list[Path]:
+    """The script, and those whose functions it takes."""
+    found = {name}
+    waiting = [name]
+    while waiting:
+        text = (HERE / f"{waiting.pop()}.py").read_text("utf-8")
+        new = set(re.findall(r"^from evidence\.(\w+) import", text, re.M)) - NOT_SYSTEMS - found
+        found |= new
+        waiting += sorted(new)
+    return [HERE / f"{n}.py" for n in sorted(found)]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn (pip install '.[demo]'
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import layerwise, nf4, progressive, task_arithmetic, wise  # noqa: E402
+from evidence import nf4, progressive, task_arithmetic, wise  # noqa: E402
 from evidence.claims import Claim, Figures, Named, Verdict, here, verdict  # noqa: E402
 from evidence.page import page  # noqa: E402
 from evidence.run import load, names  # noqa: E402
@@ -95,7 +95,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Digits]:
     yield Digits(tmp_path_factory.mktemp("rig"), 1)
 
 
-@pytest.mark.parametrize("module", [task_arithmetic, wise, nf4, progressive, layerwise], ids=lambda m: m.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", [task_arithmetic, wise, nf4, progressive], ids=lambda m: m.__name__.rpartition(".")[2])
 def test_claims_hold_on_one_seed(rig: Digits, module: Any) -> None:
     found = module.measure(rig if module.RIG else 1)
     for claim in module.CLAIMS:

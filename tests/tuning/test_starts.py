@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tuning_models import place, same_bits, weights
+from tuning_models import Net, net, place, same_bits, weights
 
 import surgery
 from surgery.errors import Refused
@@ -19,25 +19,6 @@ from surgery.tuning.settings import read_job
 
 LOSS = torch.nn.functional.cross_entropy
 TARGETS = ["q_proj", "up_proj"]
-
-
-class Net(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = torch.nn.Linear(4, 12)
-        self.blocks = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
-        self.head = torch.nn.Linear(12, 3)
-
-    def forward(self, x: Any) -> Any:
-        x = torch.tanh(self.stem(x))
-        for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        return self.head(x)
-
-
-def net() -> Net:
-    torch.manual_seed(1)
-    return Net()
 
 
 def data(count: int = 64, seed: int = 5) -> list[tuple[torch.Tensor, int]]:

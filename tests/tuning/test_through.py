@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tuning_models import place, record, same_bits, weights
+from tuning_models import net, place, record, same_bits, weights
 
 import surgery
 import surgery.delta.lossy
@@ -23,27 +23,6 @@ from surgery.tuning.settings import read_job, read_settings
 
 LOSS = torch.nn.functional.cross_entropy
 MATRICES = ["blocks.0.weight", "blocks.1.weight"]
-
-
-class Net(torch.nn.Module):
-    """Two blocks between a stem and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = torch.nn.Linear(4, 12)
-        self.blocks = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
-        self.head = torch.nn.Linear(12, 3)
-
-    def forward(self, x: Any) -> Any:
-        x = torch.tanh(self.stem(x))
-        for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        return self.head(x)
-
-
-def net() -> Net:
-    torch.manual_seed(1)
-    return Net()
 
 
 def data(count: int = 24) -> list[tuple[torch.Tensor, int]]:

@@ -97,3 +97,24 @@ def live(home: Path, method: Any, **said: Any) -> tuple[Any, dict[str, torch.Ten
     fitted = fit(Given(task.model, task.train, None, task.collate), settings, home / "scratch", save=False, resume=False,
                  progress=None)  # fmt: skip
     return task.model, before, fitted
+
+
+class Net(torch.nn.Module):
+    """Two blocks between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Linear(4, 12)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
+        self.head = torch.nn.Linear(12, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = torch.tanh(self.stem(x))
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net()
