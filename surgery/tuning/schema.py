@@ -159,6 +159,7 @@ THROUGH: Schema = _map(
         "step_lr": _number("Of learned steps, relative to their size; default: a tenth of `lr`.", above=0),
         "group": _count("Of codec group: numbers that share a step."),
         "scale": {"enum": ["gain", "l2"], "description": "Of codecs group and hadamard; default l2, the least squared error."},
+        "signs": {"type": "boolean", "description": "Of codec hadamard: random signs before the turn; default: none."},
         "criterion": {"enum": ["mse", "l1"], "description": "Of codec quantile: what its levels minimise."},
     },
     ["codec"],

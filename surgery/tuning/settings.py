@@ -131,7 +131,7 @@ def _through(given: dict[str, Any], place: Place) -> dict[str, Any]:
     from surgery.delta.codecs.base import check_options, lossy_codec
 
     codec = lossy_codec(given["codec"])
-    own = {k: v for k, v in given.items() if k in ("bits", "group", "scale", "criterion")}
+    own = {k: v for k, v in given.items() if k in ("bits", "group", "scale", "signs", "criterion")}
     usual = {"scale": "l2", "signs": False}  # as published
     own = {**{k: v for k, v in usual.items() if k in codec.options}, **own}
     try:

@@ -34,7 +34,7 @@ def through_codec(value: Any, codec: str, **options: Any) -> torch.Tensor:
     """A matrix as the lossy codec gives it back."""
     given, found = np.ascontiguousarray(value.detach().numpy(), np.float32), lossy_codec(codec)
     own = {"signs": False} if codec == "hadamard" else {}
-    coded = found.encode(given, key="w", **check_options(found, {**options, **own}))
+    coded = found.encode(given, key="w", **check_options(found, {**own, **options}))
     return torch.from_numpy(found.decode(coded, given.shape, "w", 0, given.size).reshape(given.shape))
 
 
@@ -44,7 +44,8 @@ def values(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("of", ["weights", "delta"])
 @pytest.mark.parametrize("codec, options", [("group", {"bits": 3, "group": 8}), ("quantile", {"bits": 2}),
-                                            ("hadamard", {"bits": 2, "trust": False})])  # fmt: skip
+                                            ("hadamard", {"bits": 2, "trust": False}),
+                                            ("hadamard", {"bits": 3, "trust": False, "signs": True})])  # fmt: skip
 def test_a_run_is_sgd_with_the_codec_in_the_forward_pass(of: str, codec: str, options: dict[str, Any]) -> None:
     model, twin = net(), net()
     said = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "steps": 6, "batch": 24, "regularise": {"clip": 0}}
